@@ -1,0 +1,181 @@
+"""Compile every kernel for GPUs that need not be there, and print registers, spills and shared memory.
+
+    python scripts/compile_kernels.py [--targets sm_90 gfx942] [--cases w7 w24] [--all-dtypes]
+
+The launch functions themselves run, on small CPU tensors: what is compiled here is what a user of that GPU gets. Only
+the last step, the launch, is left out. In the standard cases (windows 7 to 24, head_dim 32, float16 and bfloat16) a
+register spill or more shared memory than the target has makes the script fail.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from timm_flashwin.kernels import launch
+
+# Shared memory one block may use, in bytes: CUDA programming guide, "Technical Specifications per Compute Capability";
+# for gfx942 the 64 KiB LDS of a compute unit (AMD CDNA 3 ISA).
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+class Case(NamedTuple):
+    """One shape. Maps are one window past a multiple in size where padding is wanted."""
+
+    window: int
+    shift: int
+    head_dim: int
+    dtype: torch.dtype
+    padded: bool = False
+    explicit_mask: bool = False
+    standard: bool = False  # a spill fails the check
+
+
+def make_cases() -> dict[str, Case]:
+    """The standard cases first, then those that only have to compile and fit."""
+    cases = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        short = str(dtype).removeprefix("torch.").replace("float", "f")
+        for window in (7, 8, 12, 14, 16, 24):
+            cases[f"w{window}-{short}"] = Case(window, window // 2, 32, dtype, standard=True)
+        cases[f"w7-unshifted-{short}"] = Case(7, 0, 32, dtype, standard=True)
+        cases[f"w7-padded-{short}"] = Case(7, 3, 32, dtype, padded=True, standard=True)
+        cases[f"w12-padded-{short}"] = Case(12, 6, 32, dtype, padded=True, standard=True)
+        cases[f"w7-mask-{short}"] = Case(7, 0, 32, dtype, explicit_mask=True, standard=True)
+    for head_dim in (8, 24, 64, 128):
+        cases[f"w7-d{head_dim}-bf16"] = Case(7, 3, head_dim, torch.bfloat16)
+        cases[f"w12-d{head_dim}-bf16"] = Case(12, 6, head_dim, torch.bfloat16)
+    for window in (7, 12):
+        cases[f"w{window}-tf32"] = Case(window, window // 2, 32, torch.float32)
+    cases["w7-d128-tf32"] = Case(7, 3, 128, torch.float32)
+    return cases
+
+
+class CompileOnlyDriver:
+    """Stands where Triton looks for the GPU: says which target it is, and can launch nothing."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Row(NamedTuple):
+    target: str
+    case: str
+    kernel: str
+    registers: int
+    spills: int  # bytes of local memory a thread, or spilled registers on AMD
+    shared: int  # bytes a block
+    problem: str
+
+
+def _resources(compiled, target: GPUTarget) -> tuple[int, int]:
+    """(registers a thread, spills)."""
+    if target.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        fields = ("vgpr_count", "vgpr_spill_count")
+        return tuple(int(re.search(rf"\.{field}:\s+(\d+)", assembly).group(1)) for field in fields)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return tuple(int(re.search(rf"\b{field}:(\d+)", usage.stdout).group(1)) for field in ("REG", "STACK"))
+
+
+def _run(case: Case) -> None:
+    """Forward and backward of one case through the launch functions."""
+    num_heads, B = 4, 2
+    size = 2 * case.window + (1 if case.padded else 0)
+    window_size, shape = (case.window, case.window), (B, size, size)
+    if case.explicit_mask:  # as windowed_sdpa calls: windows are already cut
+        window_size, shape = (case.window**2, 1), (B, case.window**2, 1)
+    N, C = case.window**2, num_heads * case.head_dim
+    qkv = torch.zeros(*shape, 3, num_heads, case.head_dim, dtype=case.dtype)
+    bias = torch.zeros(num_heads, N, N)
+    mask = torch.zeros(1, N, N) if case.explicit_mask else None
+    pad = torch.zeros(3 * C, dtype=case.dtype)
+    call = launch.Call(*qkv.unbind(3), bias, mask, pad, window_size, (case.shift, case.shift), 1.0)
+    out = torch.zeros(*shape, C, dtype=case.dtype)
+    lse = torch.zeros(call.num_windows, num_heads, N) if launch.needs_lse(N) else None
+    launch.launch_forward(call, out, lse)
+    launch.launch_backward(call, out, out, lse, *qkv.unbind(3), need_dbias=True, need_dpad=True)
+
+
+def compile_case(target_name: str, name: str) -> list[Row]:
+    """Compile all kernels of one case for one target."""
+    target, shared_limit = TARGETS[target_name]
+    case = make_cases()[name]
+    triton.runtime.driver.set_active(CompileOnlyDriver(target))
+    compiled_kernels = []
+
+    def warmup(kernel, grid):
+        return lambda *args, **kwargs: compiled_kernels.append(kernel.warmup(*args, grid=grid, **kwargs))
+
+    triton.runtime.JITFunction.__getitem__ = warmup
+    torch.backends.cuda.matmul.allow_tf32 = True
+    _run(case)
+    rows = []
+    for compiled in compiled_kernels:
+        registers, spills = _resources(compiled, target)
+        shared = compiled.metadata.shared
+        problem = ""
+        if shared > shared_limit:
+            problem = f"shared memory over the limit of {shared_limit}"
+        elif spills and case.standard:
+            problem = "spills"
+        rows.append(Row(target_name, name, compiled.metadata.name, registers, spills, shared, problem))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--cases", nargs="+", default=list(make_cases()), help="names or parts of names")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    cases = [name for name in make_cases() if any(part in name for part in args.cases)]
+    jobs = [(target, name) for target in args.targets for name in cases]
+
+    print(f"triton {triton.__version__}, {len(cases)} cases for {', '.join(args.targets)}")
+    print(f"{'target':8}{'case':20}{'kernel':24}{'registers':>10}{'spills':>8}{'shared':>8}")
+    failed = 0
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
+            for row in rows:
+                failed += bool(row.problem)
+                print(
+                    f"{row.target:8}{row.case:20}{row.kernel:24}{row.registers:10}{row.spills:8}{row.shared:8}"
+                    f"  {row.problem}",
+                    flush=True,
+                )
+    print(f"{failed} problems")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

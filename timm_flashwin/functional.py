@@ -1,0 +1,254 @@
+"""The two public functions: validation, and the choice of implementation."""
+
+import functools
+import importlib
+import logging
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .geometry import to_pair
+from .ops import autocast_dtype
+
+_logger = logging.getLogger("timm_flashwin")
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+MAX_WINDOW_AREA = 24 * 24
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def window_attention(
+    qkv: Tensor,
+    num_heads: int,
+    window_size: int | tuple[int, int],
+    shift_size: int | tuple[int, int] = 0,
+    bias: Tensor | None = None,
+    pad_qkv: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """(Shifted) window attention on an NHWC map, from the qkv projection to the input of the output projection.
+
+    Equals, in this order: cyclic roll by `-shift_size`, padding at the bottom and right to whole windows, window
+    partition, `softmax(q @ k^T * scale + bias + mask) @ v` per head, window reverse, crop and roll back. The mask is
+    -100 between tokens that only the roll made neighbours. The kernels do all of this by address arithmetic: the map
+    is read once and the output written once. Source: Liu et al., "Swin Transformer" (2021), sections 3.2 and 4 (eq. 4);
+    timm/models/swin_transformer.py, `SwinTransformerBlock._attn` and `WindowAttention.forward`.
+
+    Under autocast `qkv` is cast to autocast's dtype. Products accumulate, and the softmax and the gradient of `bias`
+    are taken, in float32 (float64 for float64 inputs). float32 products follow `torch.backends.cuda.matmul.allow_tf32`.
+
+    Args:
+        qkv: [B, H, W, 3 * num_heads * head_dim], as the qkv Linear leaves it; float16, bfloat16, float32 or float64.
+            Any strides; a last dimension that is not dense is copied.
+        num_heads: Number of heads.
+        window_size: (Wh, Ww) in tokens, or one int for both. It may exceed the map, which is then padded.
+        shift_size: (sh, sw) in tokens, each >= 0, or one int for both; (0, 0) is an unshifted block.
+        bias: Relative position bias [num_heads, N, N] with N = Wh * Ww, any float dtype, or None.
+        pad_qkv: [3 * num_heads * head_dim]: the qkv of a padded token, which is what the qkv Linear makes of zeros: its
+            bias. None stands for zeros (a Linear without bias). Padded tokens are attended to.
+        scale: Factor on q @ k^T; head_dim ** -0.5 if None.
+        impl: "triton" (never falls back), "reference" (plain PyTorch), or "auto": the kernels where they can run,
+            otherwise the reference, with the reason logged once.
+
+    Returns:
+        [B, H, W, num_heads * head_dim], contiguous, in the dtype of `qkv`. Differentiable in `qkv`, `bias`, `pad_qkv`.
+
+    Raises:
+        TypeError: An argument is not a tensor or has a dtype that is not supported, or dtypes or devices are mixed.
+        ValueError: A shape, size or `impl` is not allowed, or `impl="triton"` cannot run on this device.
+    """
+    window_size, shift_size = to_pair(window_size), to_pair(shift_size)
+    _check_float_tensor("qkv", qkv, 4, "[B, H, W, 3 * num_heads * head_dim]")
+    if num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+        raise ValueError(
+            f"qkv has {qkv.shape[-1]} channels, which are not 3 * num_heads * head_dim for num_heads={num_heads}; "
+            "pass the output of the qkv Linear and the number of heads it was made for"
+        )
+    if min(window_size) < 1:
+        raise ValueError(f"window_size is {window_size}; both entries must be at least 1")
+    if min(shift_size) < 0:
+        raise ValueError(f"shift_size is {shift_size}; both entries must be 0 or more (the roll is by -shift_size)")
+    if min(qkv.shape[1:3]) < 1:
+        raise ValueError(f"qkv has the shape {tuple(qkv.shape)}; H and W must be at least 1 (B may be 0)")
+    window_area = window_size[0] * window_size[1]
+    _check_bias(bias, qkv, num_heads, window_area)
+    if pad_qkv is not None:
+        _check_companion("pad_qkv", pad_qkv, qkv, (qkv.shape[-1],), "[3 * num_heads * head_dim]")
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+
+    if _use_kernels(impl, qkv, head_dim, window_area):
+        save_lse = _needs_grad(qkv, bias, pad_qkv) and _kernels().needs_lse(window_area)
+        return torch.ops.timm_flashwin.window_attention(
+            qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_lse
+        )[0]
+    (qkv,), context = _under_autocast(qkv)
+    with context:
+        return reference.window_attention(qkv, num_heads, window_size, shift_size, bias, pad_qkv, scale)
+
+
+def windowed_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(q @ k^T * scale + bias + mask) @ v over windows that are already partitioned.
+
+    Precision and autocast are those of `window_attention`. Source: timm/models/swin_transformer.py,
+    `WindowAttention.forward`; Zhang, "Flash Window Attention" (arXiv 2501.06480).
+
+    Args:
+        q, k, v: [B_, num_heads, N, head_dim], B_ = B * nW windows of N tokens, one dtype and device; any strides (read
+            in place where the three share theirs, as the views of one qkv tensor do; copied first where they do not).
+        bias: Relative position bias [num_heads, N, N], any float dtype, or None.
+        mask: Additive mask [nW, N, N], any float dtype, or None; window i takes `mask[i % nW]`. It gets no gradient.
+        scale: Factor on q @ k^T; head_dim ** -0.5 if None.
+        impl: As in `window_attention`.
+
+    Returns:
+        [B_, num_heads, N, head_dim] in the dtype of `q`, laid out so that `.transpose(1, 2).flatten(2)`, the input of
+        the output projection, copies nothing. Differentiable in `q`, `k`, `v` and `bias`.
+
+    Raises:
+        TypeError, ValueError: As in `window_attention`; also where q, k and v differ in shape, dtype or device, or the
+            mask requires a gradient.
+    """
+    _check_float_tensor("q", q, 4, "[B_, num_heads, N, head_dim]")
+    _check_companion("k", k, q, tuple(q.shape), "the shape of q", q.dtype)
+    _check_companion("v", v, q, tuple(q.shape), "the shape of q", q.dtype)
+    B_, num_heads, N, head_dim = q.shape
+    if min(num_heads, N, head_dim) < 1:
+        raise ValueError(f"q has the shape {tuple(q.shape)}; only B_ may be 0")
+    _check_bias(bias, q, num_heads, N)
+    if mask is not None:
+        _check_companion("mask", mask, q, (None, N, N), "[nW, N, N]")
+        if mask.shape[0] < 1 or B_ % mask.shape[0]:
+            raise ValueError(
+                f"mask is for {mask.shape[0]} windows, which does not divide the {B_} windows of q; B_ must be B * nW"
+            )
+        if mask.requires_grad:
+            raise ValueError("mask requires a gradient, but gets none; detach it, or pass what is trained as bias")
+    scale = head_dim**-0.5 if scale is None else float(scale)
+
+    if _use_kernels(impl, q, head_dim, N):
+        save_lse = _needs_grad(q, k, v, bias) and _kernels().needs_lse(N)
+        return torch.ops.timm_flashwin.windowed_sdpa(q, k, v, bias, mask, scale, save_lse)[0]
+    (q, k, v), context = _under_autocast(q, k, v)
+    with context:
+        return reference.windowed_sdpa(q, k, v, bias, mask, scale)
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+
+def _check_float_tensor(name: str, x: Tensor, ndim: int, layout: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor {layout}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has the dtype {x.dtype}; allowed are float16, bfloat16, float32 and float64")
+    if x.ndim != ndim:
+        raise ValueError(f"{name} has {x.ndim} dimensions, shape {tuple(x.shape)}; it must be {layout}")
+
+
+def _check_companion(name, x, of, shape, layout: str, dtype: torch.dtype | None = None) -> None:
+    """Check an argument that must fit the main one, `of`; None in `shape` stands for any size."""
+    _check_float_tensor(name, x, len(shape), layout)
+    if any(want is not None and have != want for have, want in zip(x.shape, shape, strict=True)):
+        wanted = ", ".join("*" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} has the shape {tuple(x.shape)}; it must be {layout}, here ({wanted})")
+    if x.device != of.device:
+        raise TypeError(f"{name} is on {x.device} and the activations on {of.device}; move them to one device")
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(f"{name} has the dtype {x.dtype} and q {dtype}; cast them to one dtype")
+
+
+def _check_bias(bias: Tensor | None, of: Tensor, num_heads: int, window_area: int) -> None:
+    if bias is not None:
+        _check_companion("bias", bias, of, (num_heads, window_area, window_area), "[num_heads, N, N], N = Wh * Ww")
+
+
+# ------------------------------------------------------------------------------------ choice of implementation
+
+
+def _use_kernels(impl: str, x: Tensor, head_dim: int, window_area: int) -> bool:
+    if impl == "reference":
+        return False
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; allowed are {', '.join(map(repr, IMPLEMENTATIONS))}")
+    reason = fallback_reason(x.device, x.dtype, head_dim, window_area)
+    if reason is None:
+        return True
+    if impl == "triton":
+        raise ValueError(f'impl="triton" cannot run here: {reason}; use impl="auto" or impl="reference"')
+    log_fallback(reason, x.device.type)
+    return False
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int, window_area: int) -> str | None:
+    """Why the kernels cannot serve such a call, in words for the user; None where they can."""
+    if device.type not in ("cuda", "cpu"):
+        return f"the kernels run on CUDA and ROCm GPUs, and the tensors are on {device.type!r}"
+    error = _import_error()
+    if device.type == "cpu":
+        if error or not _kernels().INTERPRETED:
+            return "the tensors are on the CPU, and the kernels run on GPUs"
+    elif error:
+        return f"Triton cannot be used ({error})"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
+    if dtype not in _KERNEL_DTYPES:
+        # The interpreter computes in NumPy: float64 works there, and nowhere else.
+        if dtype != torch.float64 or device.type != "cpu":
+            return f"the kernels take float32, float16 and bfloat16, not {dtype}"
+    elif dtype == torch.bfloat16 and device.type == "cpu":
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {head_dim}"
+    if window_area > MAX_WINDOW_AREA:
+        return f"the kernels take windows of up to {MAX_WINDOW_AREA} tokens, not {window_area}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def log_fallback(reason: str, device_type: str) -> None:
+    """Log once per reason that plain PyTorch runs instead of the kernels: news on a GPU, a matter of course elsewhere."""
+    level = logging.WARNING if device_type == "cuda" else logging.INFO
+    _logger.log(level, "window attention runs in plain PyTorch: %s", reason)
+
+
+@functools.cache
+def _kernels():
+    return importlib.import_module(".kernels.launch", __package__)
+
+
+@functools.cache
+def _import_error() -> str | None:
+    """Why the kernels' module cannot be imported: Triton missing, or broken in one of its many ways."""
+    try:
+        _kernels()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _under_autocast(*activations: Tensor):
+    """What the operators do under autocast, for the reference: (activations in its dtype, a context without it)."""
+    device_type = activations[0].device.type
+    dtype = autocast_dtype(device_type)
+    if dtype is not None:
+        activations = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in activations)
+    return activations, torch.autocast(device_type, enabled=False)

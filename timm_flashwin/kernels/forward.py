@@ -1,0 +1,72 @@
+"""The forward kernel: from q, k, v at their places in the map to the output at its place, nothing in between in memory."""
+
+import triton
+import triton.language as tl
+
+from .primitives import load_bias_tile, load_tile, locate_tokens, store_tile, tile_logits
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, out_ptr, lse_ptr,
+    stride_b, stride_h, stride_w, stride_head,
+    H, W, windows_h, windows_w, num_windows, num_mask_windows, roll_h, roll_w, shift_h, shift_w, num_heads, scale,
+    HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
+    SAVE_LSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (num_heads * query tiles, programs that share the windows); heads vary fastest, so that neighbours in
+    time share the cache lines of a token."""
+    WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
+    head = tl.program_id(0) % num_heads
+    rows = tl.program_id(0) // num_heads * BLOCK_M + tl.arange(0, BLOCK_M)  # m
+    cols = tl.arange(0, BLOCK_N)  # n
+    C = num_heads * HEAD_DIM
+    q_ptr += head * stride_head
+    k_ptr += head * stride_head
+    v_ptr += head * stride_head
+    out_ptr += head * HEAD_DIM
+    q_pad_ptr = pad_ptr + head * HEAD_DIM
+    k_pad_ptr = q_pad_ptr + C
+    v_pad_ptr = k_pad_ptr + C
+    if WINDOW_AREA <= BLOCK_N:
+        bias_tile = load_bias_tile(bias_ptr, head, rows, cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
+
+    for window in range(tl.program_id(1), num_windows, tl.num_programs(1)):
+        q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
+            window, rows, stride_b, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w,
+            WINDOW_H, WINDOW_W, HAS_PAD,
+        )  # fmt: skip
+        q = load_tile(q_ptr, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
+        row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)  # m
+        row_sum = tl.zeros([BLOCK_M], dtype=ACC)  # m
+        out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
+
+        for start in range(0, WINDOW_AREA, BLOCK_N):
+            k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
+                window, start + cols, stride_b, stride_h, stride_w,
+                H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w, WINDOW_H, WINDOW_W, HAS_PAD,
+            )  # fmt: skip
+            k = load_tile(k_ptr, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+            v = load_tile(v_ptr, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+            if WINDOW_AREA > BLOCK_N:
+                bias_tile = load_bias_tile(bias_ptr, head, rows, start + cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
+            logits = tile_logits(
+                q, k, bias_tile, q_region, k_region, scale, mask_ptr, window, rows, start + cols, num_mask_windows,
+                ACC, PRECISION, WINDOW_AREA, IS_SHIFTED, HAS_MASK,
+            )  # fmt: skip
+
+            new_max = tl.maximum(row_max, tl.max(logits, axis=1))  # m
+            # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
+            origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
+            p = tl.exp2(logits - origin[:, None])  # m n
+            rescale = tl.exp2(row_max - origin)  # m
+            row_sum = row_sum * rescale + tl.sum(p, axis=1)
+            out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=ACC)
+            row_max = new_max
+
+        store_tile(out_ptr, out / row_sum[:, None], q_pixels * C, q_in_map, HEAD_DIM, BLOCK_D)
+        if SAVE_LSE:  # in units of log 2, as the backward kernels take it
+            lse_offsets = (window * num_heads + head).to(tl.int64) * WINDOW_AREA + rows  # m
+            tl.store(lse_ptr + lse_offsets, row_max + tl.log2(row_sum), mask=q_in_window)

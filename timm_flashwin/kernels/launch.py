@@ -1,0 +1,220 @@
+"""Launch settings, and the only functions that launch a kernel.
+
+Settings follow from the shape, the dtype and the device by rule; nothing is timed on the user's first call.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..geometry import num_windows
+from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
+from .forward import forward_kernel
+
+# TRITON_INTERPRET=1 was set when the kernels were defined: they run in Triton's interpreter, on CPU tensors.
+INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
+
+ONE_TILE_AREA = 64  # a window of up to this many tokens is one tile; its backward is one kernel and needs no lse
+
+
+class Settings(NamedTuple):
+    """How one kernel is cut and compiled."""
+
+    block_m: int  # query tokens in a tile
+    block_n: int  # key tokens in a tile
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int  # how many programs share the windows, per multiprocessor
+
+
+def needs_lse(window_area: int) -> bool:
+    """Whether the backward of such a window starts from the forward's `lse` and `out`."""
+    return window_area > ONE_TILE_AREA
+
+
+def block_d(head_dim: int) -> int:
+    """Channels of a tile: a power of two, and what a tensor core takes at least."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def forward_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Settings:
+    """Settings of `forward_kernel`."""
+    wide = block_d(head_dim) * dtype.itemsize > 128  # bytes of a token of one head
+    if window_area <= ONE_TILE_AREA:
+        block = max(16, triton.next_power_of_2(window_area))
+        return Settings(block, block, num_warps=4, num_stages=1, programs_per_sm=8)
+    return Settings(64, 32 if wide else 64, num_warps=4, num_stages=2, programs_per_sm=8)
+
+
+def backward_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Settings:
+    """Settings of the backward kernels."""
+    wide = block_d(head_dim) * dtype.itemsize > 128
+    if window_area <= ONE_TILE_AREA:
+        block = max(16, triton.next_power_of_2(window_area))
+        return Settings(block, block, num_warps=8 if wide else 4, num_stages=1, programs_per_sm=4)
+    return Settings(64, 32 if wide else 64, num_warps=4, num_stages=1, programs_per_sm=4)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Call(NamedTuple):
+    """What every kernel of one call has in common: q, k and v, views [B, H, W, num_heads, head_dim] that share their
+    strides, and the geometry."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor | None  # [num_heads, N, N]
+    mask: torch.Tensor | None  # [nW, N, N]
+    pad_qkv: torch.Tensor | None  # [3 * num_heads * head_dim]
+    window_size: tuple[int, int]
+    shift_size: tuple[int, int]
+    scale: float
+
+    @property
+    def window_area(self) -> int:
+        return self.window_size[0] * self.window_size[1]
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        return num_windows(self.q.shape[1:3], self.window_size)
+
+    @property
+    def num_windows(self) -> int:
+        return self.q.shape[0] * self.windows[0] * self.windows[1]
+
+    @property
+    def has_pad(self) -> bool:
+        H, W = self.q.shape[1:3]
+        return H % self.window_size[0] != 0 or W % self.window_size[1] != 0
+
+    def pads(self) -> torch.Tensor:
+        """The qkv of a padded token, materialised: [3 * num_heads * head_dim]."""
+        if self.pad_qkv is not None:
+            return self.pad_qkv.contiguous()
+        return self.q.new_zeros(3 * self.q.shape[3] * self.q.shape[4]) if self.has_pad else self.q
+
+    def pointers(self) -> dict:
+        q, k, v = self.q, self.k, self.v
+        return dict(
+            q_ptr=q, k_ptr=k, v_ptr=v, pad_ptr=self.pads(),
+            bias_ptr=q if self.bias is None else self.bias.contiguous(),
+            mask_ptr=q if self.mask is None else self.mask.contiguous(),
+            stride_b=q.stride(0), stride_h=q.stride(1), stride_w=q.stride(2), stride_head=q.stride(3),
+        )  # fmt: skip
+
+    def scalars(self) -> dict:
+        _, H, W, num_heads, _ = self.q.shape
+        rows, cols = self.windows
+        return dict(
+            H=H, W=W, windows_h=rows, windows_w=cols, num_windows=self.num_windows,
+            num_mask_windows=1 if self.mask is None else self.mask.shape[0],
+            # A roll by more than the map wraps around; the regions of the mask are cut by the shift as given.
+            roll_h=self.shift_size[0] % H, roll_w=self.shift_size[1] % W,
+            shift_h=self.shift_size[0], shift_w=self.shift_size[1],
+            num_heads=num_heads, scale=self.scale,
+        )  # fmt: skip
+
+    def constants(self) -> dict:
+        head_dim = self.q.shape[4]
+        return dict(
+            HEAD_DIM=head_dim, WINDOW_H=self.window_size[0], WINDOW_W=self.window_size[1], BLOCK_D=block_d(head_dim),
+            HAS_BIAS=self.bias is not None, HAS_MASK=self.mask is not None, HAS_PAD=self.has_pad,
+            IS_SHIFTED=any(self.shift_size),
+            ACC=tl.float64 if self.q.dtype == torch.float64 else tl.float32, PRECISION=dot_precision(),
+        )  # fmt: skip
+
+    def programs(self, programs_a_window: int, settings: Settings) -> int:
+        """How many programs share the windows, where each window needs `programs_a_window` of them."""
+        wanted = _multiprocessors(self.q.device) * settings.programs_per_sm
+        return max(1, min(self.num_windows, triton.cdiv(wanted, programs_a_window)))
+
+
+def dot_precision() -> str:
+    """float32 products follow torch's switch for CUDA matmuls; other dtypes do not look at it."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def launch_forward(call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Fill `out` (a contiguous map [B, H, W, num_heads * head_dim]) and, if given, `lse` [B * nW, num_heads, N]."""
+    settings = forward_settings(call.window_area, call.q.shape[4], call.q.dtype)
+    heads_and_tiles = call.q.shape[3] * triton.cdiv(call.window_area, settings.block_m)
+    forward_kernel[(heads_and_tiles, call.programs(heads_and_tiles, settings))](
+        **call.pointers(), out_ptr=out, lse_ptr=out if lse is None else lse, **call.scalars(), **call.constants(),
+        BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, SAVE_LSE=lse is not None,
+        num_warps=settings.num_warps, num_stages=settings.num_stages,
+    )  # fmt: skip
+
+
+def launch_backward(
+    call: Call,
+    do: torch.Tensor,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    need_dbias: bool,
+    need_dpad: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Fill dq, dk, dv; return dbias [num_heads, N, N] and dpad_qkv [3 * num_heads * head_dim] where needed.
+
+    `do` and `out` are contiguous maps [B, H, W, num_heads * head_dim]; `out` and `lse` are read only where
+    `needs_lse(call.window_area)`. dq, dk and dv [B, H, W, num_heads, head_dim] have the strides of one another, and
+    those of a contiguous map but for the distance from token to token.
+    """
+    num_heads, head_dim = call.q.shape[3:]
+    N = call.window_area
+    settings = backward_settings(N, head_dim, call.q.dtype)
+    query_tiles, key_tiles = triton.cdiv(N, settings.block_m), triton.cdiv(N, settings.block_n)
+    need_dpad_sums = need_dpad and call.has_pad
+    shared = dict(
+        **call.pointers(), do_ptr=do, **call.scalars(), **call.constants(), BLOCK_N=settings.block_n,
+        num_warps=settings.num_warps, num_stages=settings.num_stages,
+    )  # fmt: skip
+    acc_dtype = torch.promote_types(call.q.dtype, torch.float32)
+
+    def partial_sums(needed: bool, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=acc_dtype, device=do.device) if needed else do
+
+    if not needs_lse(N):
+        programs = call.programs(num_heads, settings)
+        dbias = partial_sums(need_dbias, programs, num_heads, N, N)
+        dpad = partial_sums(need_dpad_sums, programs, 2, num_heads * head_dim)
+        backward_kernel[(num_heads, programs)](
+            **shared, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, grad_stride=dq.stride(2), dbias_ptr=dbias, dpad_ptr=dpad,
+            NEED_DBIAS=need_dbias, NEED_DPAD=need_dpad_sums,
+        )  # fmt: skip
+    else:
+        shared.update(lse_ptr=lse, delta_ptr=torch.empty_like(lse), BLOCK_M=settings.block_m)
+        programs_a_window = num_heads * query_tiles
+        programs = call.programs(programs_a_window, settings)
+        backward_dq_kernel[(programs_a_window, programs)](**shared, out_ptr=out, dq_ptr=dq, grad_stride=dq.stride(2))
+
+        programs_a_window = num_heads * key_tiles
+        programs = call.programs(programs_a_window, settings)
+        dpad = partial_sums(need_dpad_sums, programs * key_tiles, 2, num_heads * head_dim)
+        backward_dkdv_kernel[(programs_a_window, programs)](
+            **shared, dk_ptr=dk, dv_ptr=dv, grad_stride=dk.stride(2), dpad_ptr=dpad, NEED_DPAD=need_dpad_sums
+        )
+
+        if need_dbias:
+            programs_a_window = num_heads * query_tiles * key_tiles
+            programs = call.programs(programs_a_window, settings)
+            dbias = partial_sums(need_dbias, programs, num_heads, N, N)
+            backward_dbias_kernel[(programs_a_window, programs)](**shared, dbias_ptr=dbias)
+
+    dpad_qkv = None
+    if need_dpad:
+        dpad_qkv = torch.zeros(3 * num_heads * head_dim, dtype=acc_dtype, device=do.device)
+        if need_dpad_sums:
+            dpad_qkv[num_heads * head_dim :] = dpad.sum(dim=0).flatten()  # a padded query has no gradient
+    return dbias.sum(dim=0) if need_dbias else None, dpad_qkv

@@ -1,0 +1,110 @@
+"""What the forward and backward kernels share: token addresses, tile loads and the logits of one tile.
+
+Every kernel sees q, k and v as views [B, H, W, num_heads, head_dim] that share their strides, the last of which is 1.
+A windowed tensor [B_, num_heads, N, head_dim] is the map [B_, N, 1, num_heads, head_dim] with windows of
+(N, 1), so one pair of kernels serves both public functions. Outputs are contiguous maps.
+
+A program is pinned to one head (and one tile of queries and/or keys) and walks over windows. The bias tile it needs
+is therefore loaded once, and what it contributes to the bias gradient stays in registers until the walk ends.
+
+Shapes stand at the end of the line: m and n are query and key tokens of a tile, d the channels of a head.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # softmax runs on exp2: logits are kept in units of log 2
+MASK_LOG2 = tl.constexpr(-100.0 * 1.4426950408889634)  # geometry.MASK_VALUE in those units
+
+
+@triton.jit
+def locate_tokens(
+    window, tokens, stride_b, stride_h, stride_w,
+    H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HAS_PAD: tl.constexpr,
+):  # fmt: skip
+    """Where the `tokens` of one window lie.
+
+    Returns their offsets in q, k and v, their pixels (image * H + y) * W + x for the contiguous maps, their region as
+    geometry.region_ids has it, whether they are the window's, and whether they are the map's: a padded token is only
+    the former.
+    """
+    image = (window // (windows_h * windows_w)).to(tl.int64)
+    row = (window // windows_w) % windows_h * WINDOW_H + tokens // WINDOW_W  # m, in the rolled and padded map
+    col = window % windows_w * WINDOW_W + tokens % WINDOW_W  # m
+    region = 2 * (row >= windows_h * WINDOW_H - shift_h).to(tl.int32)  # m
+    region += (col >= windows_w * WINDOW_W - shift_w).to(tl.int32)
+    in_window = tokens < WINDOW_H * WINDOW_W  # m
+    in_map = in_window
+    if HAS_PAD:
+        in_map = in_window & (row < H) & (col < W)
+    y = row + roll_h  # m, in the caller's map
+    y = tl.where(y >= H, y - H, y)
+    x = col + roll_w
+    x = tl.where(x >= W, x - W, x)
+    offsets = image * stride_b + (y.to(tl.int64) * stride_h + x * stride_w)  # m
+    pixels = image * H * W + (y * W + x)  # m
+    return offsets, pixels, region, in_window, in_map
+
+
+@triton.jit
+def load_tile(
+    ptr, offsets, in_window, in_map, pad_ptr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PAD: tl.constexpr,
+):  # fmt: skip
+    """Tokens at `offsets` as a tile [m, d]: a padded token is the row at `pad_ptr`, one outside the window is 0."""
+    channels = tl.arange(0, BLOCK_D)  # d
+    loaded = in_map[:, None]  # m 1
+    if HEAD_DIM < BLOCK_D:
+        loaded = loaded & (channels < HEAD_DIM)[None, :]  # m d
+    tile = tl.load(ptr + offsets[:, None] + channels[None, :], mask=loaded, other=0.0)  # m d
+    if HAS_PAD:
+        pad = tl.load(pad_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tile.dtype)  # d
+        tile = tl.where((in_window & (in_map == 0))[:, None], pad[None, :], tile)
+    return tile  # m d
+
+
+@triton.jit
+def store_tile(ptr, tile, offsets, in_map, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the rows of `tile` [m, d] that are tokens of the map; padded tokens are dropped."""
+    channels = tl.arange(0, BLOCK_D)  # d
+    stored = in_map[:, None]  # m 1
+    if HEAD_DIM < BLOCK_D:
+        stored = stored & (channels < HEAD_DIM)[None, :]  # m d
+    tl.store(ptr + offsets[:, None] + channels[None, :], tile.to(ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def load_bias_tile(
+    bias_ptr, head, rows, cols, ACC: tl.constexpr, WINDOW_AREA: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """The bias of one head between query `rows` and key `cols`, in units of log 2: [m, n].
+
+    Keys past the window's end are -inf here, once, so that no loop over windows has to mask them again.
+    """
+    in_window = (rows < WINDOW_AREA)[:, None] & (cols < WINDOW_AREA)[None, :]  # m n
+    bias = tl.zeros(in_window.shape, dtype=ACC)
+    if HAS_BIAS:
+        offsets = (head * WINDOW_AREA + rows[:, None]) * WINDOW_AREA + cols[None, :]  # m n
+        bias = tl.load(bias_ptr + offsets, mask=in_window, other=0.0).to(ACC) * LOG2E
+    return tl.where((cols < WINDOW_AREA)[None, :], bias, float("-inf"))  # m n
+
+
+@triton.jit
+def tile_logits(
+    q, k, bias_tile, row_region, col_region, scale, mask_ptr, window, rows, cols, num_mask_windows,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, WINDOW_AREA: tl.constexpr,
+    IS_SHIFTED: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """q @ k^T * scale + bias + mask in units of log 2: [m, n]."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E) + bias_tile
+    if IS_SHIFTED:
+        logits += tl.where(row_region[:, None] != col_region[None, :], MASK_LOG2, 0.0)
+    if HAS_MASK:
+        in_window = (rows < WINDOW_AREA)[:, None] & (cols < WINDOW_AREA)[None, :]  # m n
+        first = (window % num_mask_windows).to(tl.int64) * WINDOW_AREA * WINDOW_AREA
+        mask = tl.load(
+            mask_ptr + first + rows[:, None] * WINDOW_AREA + cols[None, :], mask=in_window, other=0.0
+        )  # m n
+        logits += mask.to(ACC) * LOG2E
+    return logits  # m n

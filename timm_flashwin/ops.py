@@ -1,0 +1,243 @@
+"""The kernels as PyTorch operators: schema, fake kernel, autograd and autocast. Triton is imported on the first launch.
+
+`timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows; each has
+a `_backward` beside it. They take what `functional` has validated.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+_GEOMETRY = "int num_heads, int[2] window_size, int[2] shift_size, float scale"
+_library = torch.library.Library("timm_flashwin", "DEF")
+_library.define(
+    f"window_attention(Tensor qkv, Tensor? bias, Tensor? pad_qkv, {_GEOMETRY}, bool save_lse) -> (Tensor, Tensor)"
+)
+_library.define(
+    "window_attention_backward(Tensor do, Tensor qkv, Tensor? bias, Tensor? pad_qkv, Tensor? out, Tensor? lse, "
+    f"{_GEOMETRY}, bool need_dbias, bool need_dpad_qkv) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "windowed_sdpa(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale, bool save_lse) "
+    "-> (Tensor, Tensor)"
+)
+_library.define(
+    "windowed_sdpa_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? out, "
+    "Tensor? lse, float scale, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _implement(name: str, kernel, fake, backward=None, setup_context=None) -> None:
+    # "CPU" is for Triton's interpreter; functional sends no CPU tensor here without it.
+    for dispatch_key in ("CUDA", "CPU"):
+        _library.impl(name, kernel, dispatch_key)
+    torch.library.register_fake(f"timm_flashwin::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"timm_flashwin::{name}", backward, setup_context=setup_context, lib=_library
+        )
+
+
+def _launch():
+    from .kernels import launch
+
+    return launch
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks for on this kind of device, None where autocast is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _acc_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _none(like: Tensor) -> Tensor:
+    """What stands for an output nobody asked for: an operator returns tensors, never None."""
+    return like.new_empty(0)
+
+
+def _device_guard(x: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------------------ window_attention
+
+
+def _map_call(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale):
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # B, H, W, num_heads, head_dim
+    return _launch().Call(q, k, v, bias, None, pad_qkv, tuple(window_size), tuple(shift_size), scale)
+
+
+def _window_attention(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_lse):
+    out, lse = _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_lse)
+    if out.numel():
+        call = _map_call(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale)
+        with _device_guard(qkv):
+            _launch().launch_forward(call, out, lse if save_lse else None)
+    return out, lse
+
+
+def _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_lse):
+    B, H, W, three_c = qkv.shape
+    out = qkv.new_empty(B, H, W, three_c // 3)
+    if not save_lse:
+        return out, _none(qkv)
+    Wh, Ww = window_size
+    windows = B * (-(-H // Wh)) * (-(-W // Ww))
+    return out, qkv.new_empty(windows, num_heads, Wh * Ww, dtype=_acc_dtype(qkv))
+
+
+def _window_attention_setup_context(ctx, inputs, output):
+    qkv, bias, pad_qkv, *ctx.geometry, save_lse = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, bias, pad_qkv, *((out, lse) if save_lse else (None, None)))
+
+
+def _window_attention_autograd(ctx, do, _):
+    qkv, bias, pad_qkv, out, lse = ctx.saved_tensors
+    if do is None:
+        return (None,) * 8
+    _, need_dbias, need_dpad_qkv, *_ = ctx.needs_input_grad
+    dqkv, dbias, dpad_qkv = torch.ops.timm_flashwin.window_attention_backward(
+        do, qkv, bias, pad_qkv, out, lse, *ctx.geometry, need_dbias, need_dpad_qkv
+    )
+    return dqkv, dbias if need_dbias else None, dpad_qkv if need_dpad_qkv else None, None, None, None, None, None
+
+
+def _window_attention_backward(
+    do, qkv, bias, pad_qkv, out, lse, num_heads, window_size, shift_size, scale, need_dbias, need_dpad_qkv
+):
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    if not do.numel():
+        return (
+            dqkv,
+            torch.zeros_like(bias) if need_dbias else _none(qkv),
+            torch.zeros_like(pad_qkv) if need_dpad_qkv else _none(qkv),
+        )
+    call = _map_call(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale)
+    with _device_guard(qkv):
+        dq, dk, dv = dqkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
+        dbias, dpad_qkv = _launch().launch_backward(
+            call, do.contiguous(), out, lse, dq, dk, dv, need_dbias, need_dpad_qkv
+        )
+    return (
+        dqkv,
+        dbias.to(bias.dtype) if need_dbias else _none(qkv),
+        dpad_qkv.to(pad_qkv.dtype) if need_dpad_qkv else _none(qkv),
+    )
+
+
+def _window_attention_backward_fake(
+    do, qkv, bias, pad_qkv, out, lse, num_heads, window_size, shift_size, scale, need_dbias, need_dpad_qkv
+):
+    return (
+        torch.empty_like(qkv, memory_format=torch.contiguous_format),
+        bias.new_empty(bias.shape) if need_dbias else _none(qkv),
+        pad_qkv.new_empty(pad_qkv.shape) if need_dpad_qkv else _none(qkv),
+    )
+
+
+_implement(
+    "window_attention",
+    _window_attention,
+    _window_attention_fake,
+    _window_attention_autograd,
+    _window_attention_setup_context,
+)
+_implement("window_attention_backward", _window_attention_backward, _window_attention_backward_fake)
+
+
+# --------------------------------------------------------------------------------------------- windowed_sdpa
+
+
+def _windows_call(q, k, v, bias, mask, scale):
+    N = q.shape[2]
+    if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = (t.transpose(1, 2).unsqueeze(2) for t in (q, k, v))  # B_, N, 1, num_heads, head_dim
+    return _launch().Call(q, k, v, bias, mask, None, (N, 1), (0, 0), scale)
+
+
+def _windowed_sdpa(q, k, v, bias, mask, scale, save_lse):
+    out, lse = _windowed_sdpa_fake(q, k, v, bias, mask, scale, save_lse)
+    if out.numel():
+        call = _windows_call(q, k, v, bias, mask, scale)
+        with _device_guard(q):
+            _launch().launch_forward(call, out.transpose(1, 2), lse if save_lse else None)
+    return out, lse
+
+
+def _windowed_sdpa_fake(q, k, v, bias, mask, scale, save_lse):
+    B_, num_heads, N, head_dim = q.shape
+    out = q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2)  # dense as [B_, N, C], which is what comes next
+    return out, q.new_empty(B_, num_heads, N, dtype=_acc_dtype(q)) if save_lse else _none(q)
+
+
+def _windowed_sdpa_setup_context(ctx, inputs, output):
+    q, k, v, bias, mask, ctx.scale, save_lse = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, bias, mask, *((out, lse) if save_lse else (None, None)))
+
+
+def _windowed_sdpa_autograd(ctx, do, _):
+    q, k, v, bias, mask, out, lse = ctx.saved_tensors
+    if do is None:
+        return (None,) * 7
+    need_dbias = ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = torch.ops.timm_flashwin.windowed_sdpa_backward(
+        do, q, k, v, bias, mask, out, lse, ctx.scale, need_dbias
+    )
+    return dq, dk, dv, dbias if need_dbias else None, None, None, None
+
+
+def _windowed_sdpa_backward(do, q, k, v, bias, mask, out, lse, scale, need_dbias):
+    dq, dk, dv, dbias = _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, out, lse, scale, need_dbias)
+    if not do.numel():
+        return dq, dk, dv, dbias.zero_()
+    call = _windows_call(q, k, v, bias, mask, scale)
+    do = do.transpose(1, 2).contiguous()  # B_, N, num_heads, head_dim
+    out = None if out is None else out.transpose(1, 2)
+    grads = (t.transpose(1, 2).unsqueeze(2) for t in (dq, dk, dv))
+    with _device_guard(q):
+        dbias_sum, _ = _launch().launch_backward(call, do, out, lse, *grads, need_dbias, False)
+    return dq, dk, dv, dbias_sum.to(bias.dtype) if need_dbias else dbias
+
+
+def _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, out, lse, scale, need_dbias):
+    B_, num_heads, N, head_dim = q.shape
+    dq, dk, dv = (q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2) for _ in range(3))
+    return dq, dk, dv, bias.new_empty(bias.shape) if need_dbias else _none(q)
+
+
+_implement("windowed_sdpa", _windowed_sdpa, _windowed_sdpa_fake, _windowed_sdpa_autograd, _windowed_sdpa_setup_context)
+_implement("windowed_sdpa_backward", _windowed_sdpa_backward, _windowed_sdpa_backward_fake)
+
+
+# -------------------------------------------------------------------------------------------------- autocast
+
+
+def _autocast(op, num_activations: int):
+    """Under autocast the activations run in its dtype, as in timm's matmuls. The bias keeps its own: logits are float32."""
+
+    def kernel(*args):
+        device_type = args[0].device.type
+        dtype = autocast_dtype(device_type)
+        cast = [x.to(dtype) if x.dtype != torch.float64 else x for x in args[:num_activations]]
+        with torch.autocast(device_type, enabled=False):
+            return op(*cast, *args[num_activations:])
+
+    return kernel
+
+
+for _key in ("AutocastCUDA", "AutocastCPU"):
+    _library.impl("window_attention", _autocast(torch.ops.timm_flashwin.window_attention, 1), _key)
+    _library.impl("windowed_sdpa", _autocast(torch.ops.timm_flashwin.windowed_sdpa, 3), _key)
