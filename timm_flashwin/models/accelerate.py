@@ -1,0 +1,90 @@
+"""Put an existing timm model on the kernels, and take it off again."""
+
+from dataclasses import dataclass, field
+
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from torch import nn
+
+from ..functional import IMPLEMENTATIONS
+from .swin import FlashSwinTransformerBlock, FlashWindowAttention
+
+_FLASH_OF = {WindowAttention: FlashWindowAttention, SwinTransformerBlock: FlashSwinTransformerBlock}
+_TIMM_OF = {flash: stock for stock, flash in _FLASH_OF.items()}
+
+
+@dataclass(frozen=True)
+class AccelerateReport:
+    """What `accelerate` did, by qualified module name."""
+
+    replaced: dict[str, str] = field(default_factory=dict)  # name -> class it has now
+    already: dict[str, str] = field(default_factory=dict)  # name -> class it had before the call
+    skipped: dict[str, str] = field(default_factory=dict)  # name -> why it stayed as it was
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} modules replaced, {len(self.already)} already there, {len(self.skipped)} skipped"]
+        lines += [f"  {name}: {cls}" for name, cls in self.replaced.items()]
+        lines += [f"  {name}: already {cls}" for name, cls in self.already.items()]
+        lines += [f"  {name}: skipped, {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
+    """Put every timm Swin attention in `model` on the kernels, in place.
+
+    The modules change their class and nothing else: parameters, buffers, hooks, device, training mode and
+    gradient-checkpointing flags are untouched, and the state dict keeps its keys. Subclasses of timm's modules are left
+    alone, since their own behaviour cannot be known. A model that is accelerated already takes the new `impl`.
+
+    Args:
+        model: A timm Swin V1 or S3, or any module that holds one.
+        impl: As in `timm_flashwin.window_attention`.
+
+    Returns:
+        What was replaced, what had been before, and what was left alone and why.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `impl` is unknown, or there is nothing to replace.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; allowed are {', '.join(map(repr, IMPLEMENTATIONS))}")
+    report = AccelerateReport()
+    # Collected first: a wrapper that reacts to attribute changes must not see a half-walked model.
+    for name, module in list(model.named_modules()):
+        stock = type(module)
+        if stock in _FLASH_OF:
+            if isinstance(module, SwinTransformerBlock) and type(module.attn) not in (*_FLASH_OF, *_TIMM_OF):
+                report.skipped[name] = f"its attention is a {type(module.attn).__name__}"
+                continue
+            module.__class__ = _FLASH_OF[stock]
+            report.replaced[name] = type(module).__name__
+        elif stock in _TIMM_OF:
+            report.already[name] = stock.__name__
+        elif isinstance(module, tuple(_FLASH_OF)):
+            report.skipped[name] = f"{stock.__name__} is a subclass of timm's with a behaviour of its own"
+        if isinstance(module, FlashWindowAttention):
+            module.__dict__.pop("impl", None)
+            if impl != FlashWindowAttention.impl:
+                module.impl = impl
+    if not report.replaced and not report.already:
+        raise ValueError(
+            f"{type(model).__name__} holds no Swin attention of timm's to replace"
+            + (f"\n{report}" if report.skipped else "; supported are the models of timm.models.swin_transformer")
+        )
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`, in place: every module is of timm's class again, and holds what it held.
+
+    Raises:
+        ValueError: There is nothing to restore.
+    """
+    accelerated = [module for module in model.modules() if type(module) in _TIMM_OF]
+    if not accelerated:
+        raise ValueError(f"{type(model).__name__} holds no accelerated module to restore")
+    for module in accelerated:
+        module.__dict__.pop("impl", None)
+        module.__class__ = _TIMM_OF[type(module)]

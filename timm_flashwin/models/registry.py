@@ -1,0 +1,56 @@
+"""Names in timm's registry: every Swin of timm's has its `<arch>_flashwin` twin, with all its pretrained tags.
+
+A twin is timm's own model, built by timm's own entry point with timm's own weights (the hub ids are written out in the
+cfgs below, because timm would complete them with our names), and then accelerated.
+"""
+
+import timm
+from timm.layers import is_exportable, is_scriptable
+from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
+from torch import nn
+
+from ..functional import log_fallback
+from .accelerate import accelerate
+
+SUFFIX = "_flashwin"
+
+ALIASES = {
+    "swin_tiny_flashwin": "swin_tiny_patch4_window7_224",
+    "swin_small_flashwin": "swin_small_patch4_window7_224",
+    "swin_base_flashwin": "swin_base_patch4_window7_224",
+    "swin_large_flashwin": "swin_large_patch4_window7_224",
+    "swin_base_384_flashwin": "swin_base_patch4_window12_384",
+    "swin_large_384_flashwin": "swin_large_patch4_window12_384",
+}
+
+default_cfgs = {}  # where timm's register_model looks for the cfgs of this module's names
+
+
+def flashwin_names() -> dict[str, str]:
+    """Registered name -> timm's architecture, short names included."""
+    architectures = timm.list_models("swin_*", module="swin_transformer")
+    return {arch + SUFFIX: arch for arch in architectures} | ALIASES
+
+
+def _entrypoint(name: str, arch: str):
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        model = model_entrypoint(arch)(pretrained=pretrained, **kwargs)
+        if is_exportable() or is_scriptable():  # asked for at construction, through create_model
+            log_fallback("exportable=True or scriptable=True asks for it", "cpu")
+        else:
+            accelerate(model)
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"timm's `{arch}` with its window attention on the kernels."
+    return create
+
+
+def register_all() -> None:
+    """Register every name that timm does not know yet."""
+    for name, arch in flashwin_names().items():
+        if timm.is_model(name):
+            continue
+        cfgs = get_arch_pretrained_cfgs(arch)
+        default_cfgs.update(generate_default_cfgs({name + full[len(arch) :]: cfg for full, cfg in cfgs.items()}))
+        globals()[name] = register_model(_entrypoint(name, arch))
