@@ -1,4 +1,4 @@
-"""timm-flashwin: timm's Swin Transformers on fused window-attention kernels. The import registers the `*_flashwin` names."""
+"""timm-flashwin: timm's Swin Transformers on fused window-attention kernels. The import registers their names."""
 
 from .functional import window_attention, windowed_sdpa
 from .models.accelerate import accelerate, restore

@@ -81,7 +81,7 @@ def window_attention(
     scale = head_dim**-0.5 if scale is None else float(scale)
 
     if _use_kernels(impl, qkv, head_dim, window_area):
-        save_lse = _needs_grad(qkv, bias, pad_qkv) and _kernels().needs_lse(window_area)
+        save_lse = _needs_grad(qkv, bias, pad_qkv) and _kernels().needs_lse(window_area, head_dim, _compute_dtype(qkv))
         return torch.ops.timm_flashwin.window_attention(
             qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_lse
         )[0]
@@ -138,7 +138,7 @@ def windowed_sdpa(
     scale = head_dim**-0.5 if scale is None else float(scale)
 
     if _use_kernels(impl, q, head_dim, N):
-        save_lse = _needs_grad(q, k, v, bias) and _kernels().needs_lse(N)
+        save_lse = _needs_grad(q, k, v, bias) and _kernels().needs_lse(N, head_dim, _compute_dtype(q))
         return torch.ops.timm_flashwin.windowed_sdpa(q, k, v, bias, mask, scale, save_lse)[0]
     (q, k, v), context = _under_autocast(q, k, v)
     with context:
@@ -178,11 +178,12 @@ def _check_bias(bias: Tensor | None, of: Tensor, num_heads: int, window_area: in
 
 
 def _use_kernels(impl: str, x: Tensor, head_dim: int, window_area: int) -> bool:
-    if impl == "reference":
-        return False
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; allowed are {', '.join(map(repr, IMPLEMENTATIONS))}")
-    reason = fallback_reason(x.device, x.dtype, head_dim, window_area)
+    if impl == "reference":
+        return False
+    choose = fallback_reason if impl == "auto" else _refusal
+    reason = choose(x.device, _compute_dtype(x), head_dim, window_area)
     if reason is None:
         return True
     if impl == "triton":
@@ -194,23 +195,32 @@ def _use_kernels(impl: str, x: Tensor, head_dim: int, window_area: int) -> bool:
 @torch.compiler.assume_constant_result
 @functools.cache
 def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int, window_area: int) -> str | None:
-    """Why the kernels cannot serve such a call, in words for the user; None where they can."""
-    if device.type not in ("cuda", "cpu"):
-        return f"the kernels run on CUDA and ROCm GPUs, and the tensors are on {device.type!r}"
+    """Why `impl="auto"` takes plain PyTorch for such a call, in words for the user; None where it takes the kernels."""
+    if device.type == "cpu":  # Triton's interpreter, which impl="triton" may use, is for tests
+        return "the tensors are on the CPU, and the kernels run on GPUs"
+    return _refusal(device, dtype, head_dim, window_area)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int, window_area: int) -> str | None:
+    """Why the kernels cannot serve such a call; None where they can."""
     error = _import_error()
-    if device.type == "cpu":
-        if error or not _kernels().INTERPRETED:
-            return "the tensors are on the CPU, and the kernels run on GPUs"
-    elif error:
+    if error is not None:
         return f"Triton cannot be used ({error})"
-    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    interpreted = _kernels().INTERPRETED
+    if interpreted != (device.type == "cpu"):
+        return f"the tensors are on {device.type!r}, and the kernels run on " + (
+            "the CPU, in Triton's interpreter (TRITON_INTERPRET is set)" if interpreted else "CUDA and ROCm GPUs"
+        )
+    if device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {device.type!r}, and the kernels run on CUDA and ROCm GPUs"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
-    if dtype not in _KERNEL_DTYPES:
-        # The interpreter computes in NumPy: float64 works there, and nowhere else.
-        if dtype != torch.float64 or device.type != "cpu":
-            return f"the kernels take float32, float16 and bfloat16, not {dtype}"
-    elif dtype == torch.bfloat16 and device.type == "cpu":
+    if interpreted and dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 products wrongly"
+    if dtype not in _KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
+        return f"the kernels take float32, float16 and bfloat16, not {dtype}"
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {head_dim}"
     if window_area > MAX_WINDOW_AREA:
@@ -221,7 +231,7 @@ def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int, win
 @torch.compiler.assume_constant_result
 @functools.cache
 def log_fallback(reason: str, device_type: str) -> None:
-    """Log once per reason that plain PyTorch runs instead of the kernels: news on a GPU, a matter of course elsewhere."""
+    """Log, once per reason, that plain PyTorch runs: news on a GPU, a matter of course elsewhere."""
     level = logging.WARNING if device_type == "cuda" else logging.INFO
     _logger.log(level, "window attention runs in plain PyTorch: %s", reason)
 
@@ -245,10 +255,13 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype `x` is worked on in: its own, or autocast's."""
+    autocast = autocast_dtype(x.device.type)
+    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
+
+
 def _under_autocast(*activations: Tensor):
     """What the operators do under autocast, for the reference: (activations in its dtype, a context without it)."""
-    device_type = activations[0].device.type
-    dtype = autocast_dtype(device_type)
-    if dtype is not None:
-        activations = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in activations)
-    return activations, torch.autocast(device_type, enabled=False)
+    dtype = _compute_dtype(activations[0])
+    return [x.to(dtype) for x in activations], torch.autocast(activations[0].device.type, enabled=False)

@@ -62,6 +62,18 @@ def region_ids(
     return 2 * rows.long()[:, None] + cols.long()[None, :]  # Hp, Wp
 
 
+def shift_cut(
+    size: tuple[int, int], window_size: tuple[int, int], shift_size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where `region_ids` changes, per axis: the window the cut runs through, and the first row (column) behind it.
+
+    No window lies at a cut's index where an axis is not shifted, or shifted by more than the map.
+    """
+    padded = padded_size(size, window_size)
+    h, w = (divmod(p - s, n) for p, s, n in zip(padded, shift_size, window_size, strict=True))
+    return h, w
+
+
 def shift_mask(
     size: tuple[int, int],
     window_size: tuple[int, int],

@@ -34,9 +34,7 @@ def _implement(name: str, kernel, fake, backward=None, setup_context=None) -> No
         _library.impl(name, kernel, dispatch_key)
     torch.library.register_fake(f"timm_flashwin::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"timm_flashwin::{name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"timm_flashwin::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def _launch():
@@ -226,7 +224,7 @@ _implement("windowed_sdpa_backward", _windowed_sdpa_backward, _windowed_sdpa_bac
 
 
 def _autocast(op, num_activations: int):
-    """Under autocast the activations run in its dtype, as in timm's matmuls. The bias keeps its own: logits are float32."""
+    """Activations run in autocast's dtype, as timm's matmuls do; the bias keeps its own, since logits are float32."""
 
     def kernel(*args):
         device_type = args[0].device.type

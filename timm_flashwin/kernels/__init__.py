@@ -1,1 +1,1 @@
-"""The Triton kernels. Nothing outside this folder imports triton, and importing this folder's parent does not either."""
+"""The Triton kernels: the only folder that imports triton, and imported itself only when a kernel is needed."""

@@ -30,14 +30,15 @@ def store_bias_partial(ptr, tile, head, num_heads, rows, cols, WINDOW_AREA: tl.c
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr, dpad_ptr,
     stride_b, stride_h, stride_w, stride_head,
-    H, W, windows_h, windows_w, num_windows, num_mask_windows, roll_h, roll_w, shift_h, shift_w, num_heads, scale,
+    H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
+    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
     grad_stride,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
-    NEED_DBIAS: tl.constexpr, NEED_DPAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_DBIAS: tl.constexpr, NEED_DPAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Windows of one tile. Grid: (num_heads, programs that share the windows)."""
+    """Windows of one tile, BLOCK_M = BLOCK_N. Grid: (num_heads, programs that share the windows)."""
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
     head = tl.program_id(0)
     tokens = tl.arange(0, BLOCK_N)  # n
@@ -58,37 +59,46 @@ def backward_kernel(
     dpad_v = tl.zeros([BLOCK_D], dtype=ACC)  # d
 
     for window in range(tl.program_id(1), num_windows, tl.num_programs(1)):
-        offsets, pixels, region, in_window, in_map = locate_tokens(
-            window, tokens, stride_b, stride_h, stride_w,
-            H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w, WINDOW_H, WINDOW_W, HAS_PAD,
+        image, offsets, pixels, region, in_window, in_map = locate_tokens(
+            window, tokens, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+            cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
-        q = load_tile(q_ptr, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-        k = load_tile(k_ptr, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-        v = load_tile(v_ptr, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-        do = load_tile(do_ptr, pixels * C, in_window, in_map, do_ptr, HEAD_DIM, BLOCK_D, False)  # n d
+        q = load_tile(
+            q_ptr + image * stride_b, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # n d
+        k = load_tile(
+            k_ptr + image * stride_b, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # n d
+        v = load_tile(
+            v_ptr + image * stride_b, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # n d
+        do = load_tile(
+            do_ptr + image * H * W * C, pixels * C, in_window, in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+        )  # n d
 
         logits = tile_logits(
             q, k, bias_tile, region, region, scale, mask_ptr, window, tokens, tokens, num_mask_windows,
             ACC, PRECISION, WINDOW_AREA, IS_SHIFTED, HAS_MASK,
         )  # fmt: skip
         p = tl.exp2(logits - tl.max(logits, axis=1)[:, None])  # n n
-        p = p / tl.sum(p, axis=1)[:, None]
+        p = p * (1.0 / tl.sum(p, axis=1))[:, None]
+        # Each result leaves as soon as it is there: registers are what this kernel is short of.
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)  # n d
+        store_tile(dv_ptr + image * H * W * grad_stride, dv, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
+        if NEED_DPAD:
+            padded = (in_window & (in_map == 0))[:, None]  # n 1
+            dpad_v += tl.sum(tl.where(padded, dv, 0.0), axis=0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # n n
         ds = p * (dp - tl.sum(p * dp, axis=1)[:, None])  # n n
         if NEED_DBIAS:
             dbias += ds
         ds = ds.to(q.dtype)
         dq = tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC) * scale  # n d
+        store_tile(dq_ptr + image * H * W * grad_stride, dq, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION, out_dtype=ACC) * scale  # n d
-
-        store_tile(dq_ptr, dq, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
-        store_tile(dk_ptr, dk, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
-        store_tile(dv_ptr, dv, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
+        store_tile(dk_ptr + image * H * W * grad_stride, dk, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
         if NEED_DPAD:
-            padded = (in_window & (in_map == 0))[:, None]  # n 1
             dpad_k += tl.sum(tl.where(padded, dk, 0.0), axis=0)
-            dpad_v += tl.sum(tl.where(padded, dv, 0.0), axis=0)
 
     if NEED_DBIAS:
         store_bias_partial(dbias_ptr, dbias, head, num_heads, tokens, tokens, WINDOW_AREA)
@@ -103,12 +113,13 @@ def backward_kernel(
 def backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, out_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr,
     stride_b, stride_h, stride_w, stride_head,
-    H, W, windows_h, windows_w, num_windows, num_mask_windows, roll_h, roll_w, shift_h, shift_w, num_heads, scale,
+    H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
+    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
     grad_stride,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta for the two kernels after it. Grid: (num_heads * query tiles, programs that share the windows)."""
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
@@ -127,13 +138,19 @@ def backward_dq_kernel(
     v_pad_ptr = k_pad_ptr + C
 
     for window in range(tl.program_id(1), num_windows, tl.num_programs(1)):
-        q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
-            window, rows, stride_b, stride_h, stride_w,
-            H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w, WINDOW_H, WINDOW_W, HAS_PAD,
+        image, q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
+            window, rows, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+            cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
-        q = load_tile(q_ptr, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
-        do = load_tile(do_ptr, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False)  # m d
-        out = load_tile(out_ptr, q_pixels * C, q_in_window, q_in_map, out_ptr, HEAD_DIM, BLOCK_D, False)  # m d
+        q = load_tile(
+            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # m d
+        do = load_tile(
+            do_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+        )  # m d
+        out = load_tile(
+            out_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, out_ptr, HEAD_DIM, BLOCK_D, False
+        )  # m d
         stats_offsets = (window * num_heads + head).to(tl.int64) * WINDOW_AREA + rows  # m
         lse = tl.load(lse_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
         delta = tl.sum(do.to(ACC) * out.to(ACC), axis=1)  # m
@@ -141,12 +158,16 @@ def backward_dq_kernel(
 
         dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
         for start in range(0, WINDOW_AREA, BLOCK_N):
-            k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
-                window, start + cols, stride_b, stride_h, stride_w,
-                H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w, WINDOW_H, WINDOW_W, HAS_PAD,
+            image, k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
+                window, start + cols, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+                cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
             )  # fmt: skip
-            k = load_tile(k_ptr, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-            v = load_tile(v_ptr, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+            k = load_tile(
+                k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            )  # n d
+            v = load_tile(
+                v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            )  # n d
             bias_tile = load_bias_tile(bias_ptr, head, rows, start + cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
             logits = tile_logits(
                 q, k, bias_tile, q_region, k_region, scale, mask_ptr, window, rows, start + cols, num_mask_windows,
@@ -156,19 +177,22 @@ def backward_dq_kernel(
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
             ds = (p * (dp - delta[:, None])).to(k.dtype)  # m n
             dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
-        store_tile(dq_ptr, dq * scale, q_pixels * grad_stride, q_in_map, HEAD_DIM, BLOCK_D)
+        store_tile(
+            dq_ptr + image * H * W * grad_stride, dq * scale, q_pixels * grad_stride, q_in_map, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
 
 
 @triton.jit
 def backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, dpad_ptr,
     stride_b, stride_h, stride_w, stride_head,
-    H, W, windows_h, windows_w, num_windows, num_mask_windows, roll_h, roll_w, shift_h, shift_w, num_heads, scale,
+    H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
+    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
     grad_stride,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
-    NEED_DPAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_DPAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. Grid: (num_heads * key tiles, programs that share the windows)."""
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
@@ -189,23 +213,31 @@ def backward_dkdv_kernel(
     dpad_v = tl.zeros([BLOCK_D], dtype=ACC)  # d
 
     for window in range(tl.program_id(1), num_windows, tl.num_programs(1)):
-        k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
-            window, cols, stride_b, stride_h, stride_w,
-            H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w, WINDOW_H, WINDOW_W, HAS_PAD,
+        image, k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
+            window, cols, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+            cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
-        k = load_tile(k_ptr, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-        v = load_tile(v_ptr, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+        k = load_tile(
+            k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # n d
+        v = load_tile(
+            v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # n d
         padded = (k_in_window & (k_in_map == 0))[:, None]  # n 1
 
         dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
         dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
         for start in range(0, WINDOW_AREA, BLOCK_M):
-            q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
-                window, start + rows, stride_b, stride_h, stride_w,
-                H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w, WINDOW_H, WINDOW_W, HAS_PAD,
+            image, q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
+                window, start + rows, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+                cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
             )  # fmt: skip
-            q = load_tile(q_ptr, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
-            do = load_tile(do_ptr, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False)  # m d
+            q = load_tile(
+                q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            )  # m d
+            do = load_tile(
+                do_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+            )  # m d
             stats_offsets = (window * num_heads + head).to(tl.int64) * WINDOW_AREA + start + rows  # m
             lse = tl.load(lse_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
             delta = tl.load(delta_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
@@ -220,8 +252,8 @@ def backward_dkdv_kernel(
             ds = (p * (dp - delta[:, None])).to(q.dtype)  # m n
             dk += tl.dot(tl.trans(ds), q, input_precision=PRECISION, out_dtype=ACC)
         dk *= scale
-        store_tile(dk_ptr, dk, k_pixels * grad_stride, k_in_map, HEAD_DIM, BLOCK_D)
-        store_tile(dv_ptr, dv, k_pixels * grad_stride, k_in_map, HEAD_DIM, BLOCK_D)
+        store_tile(dk_ptr + image * H * W * grad_stride, dk, k_pixels * grad_stride, k_in_map, HEAD_DIM, BLOCK_D)
+        store_tile(dv_ptr + image * H * W * grad_stride, dv, k_pixels * grad_stride, k_in_map, HEAD_DIM, BLOCK_D)
         if NEED_DPAD:
             dpad_k += tl.sum(tl.where(padded, dk, 0.0), axis=0)
             dpad_v += tl.sum(tl.where(padded, dv, 0.0), axis=0)
@@ -238,11 +270,12 @@ def backward_dkdv_kernel(
 def backward_dbias_kernel(
     q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, lse_ptr, do_ptr, delta_ptr, dbias_ptr,
     stride_b, stride_h, stride_w, stride_head,
-    H, W, windows_h, windows_w, num_windows, num_mask_windows, roll_h, roll_w, shift_h, shift_w, num_heads, scale,
+    H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
+    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """dbias. Grid: (num_heads * query tiles * key tiles, programs that share the windows)."""
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
@@ -263,22 +296,30 @@ def backward_dbias_kernel(
     dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)  # m n
 
     for window in range(tl.program_id(1), num_windows, tl.num_programs(1)):
-        q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
-            window, rows, stride_b, stride_h, stride_w,
-            H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w, WINDOW_H, WINDOW_W, HAS_PAD,
+        image, q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
+            window, rows, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+            cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
-        q = load_tile(q_ptr, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
-        do = load_tile(do_ptr, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False)  # m d
+        q = load_tile(
+            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # m d
+        do = load_tile(
+            do_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+        )  # m d
         stats_offsets = (window * num_heads + head).to(tl.int64) * WINDOW_AREA + rows  # m
         lse = tl.load(lse_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
         delta = tl.load(delta_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
 
-        k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
-            window, cols, stride_b, stride_h, stride_w,
-            H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w, WINDOW_H, WINDOW_W, HAS_PAD,
+        image, k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
+            window, cols, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+            cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
-        k = load_tile(k_ptr, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-        v = load_tile(v_ptr, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+        k = load_tile(
+            k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # n d
+        v = load_tile(
+            v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # n d
         logits = tile_logits(
             q, k, bias_tile, q_region, k_region, scale, mask_ptr, window, rows, cols, num_mask_windows,
             ACC, PRECISION, WINDOW_AREA, IS_SHIFTED, HAS_MASK,

@@ -1,4 +1,4 @@
-"""The forward kernel: from q, k, v at their places in the map to the output at its place, nothing in between in memory."""
+"""The forward kernel: from q, k, v at their places in the map to the output at its place, in one pass."""
 
 import triton
 import triton.language as tl
@@ -10,11 +10,12 @@ from .primitives import load_bias_tile, load_tile, locate_tokens, store_tile, ti
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, out_ptr, lse_ptr,
     stride_b, stride_h, stride_w, stride_head,
-    H, W, windows_h, windows_w, num_windows, num_mask_windows, roll_h, roll_w, shift_h, shift_w, num_heads, scale,
+    H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
+    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
-    SAVE_LSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE_LSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_heads * query tiles, programs that share the windows); heads vary fastest, so that neighbours in
     time share the cache lines of a token."""
@@ -34,22 +35,28 @@ def forward_kernel(
         bias_tile = load_bias_tile(bias_ptr, head, rows, cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
 
     for window in range(tl.program_id(1), num_windows, tl.num_programs(1)):
-        q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
-            window, rows, stride_b, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w,
-            WINDOW_H, WINDOW_W, HAS_PAD,
+        image, q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
+            window, rows, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+            cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
-        q = load_tile(q_ptr, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
+        q = load_tile(
+            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+        )  # m d
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)  # m
         row_sum = tl.zeros([BLOCK_M], dtype=ACC)  # m
         out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
 
         for start in range(0, WINDOW_AREA, BLOCK_N):
-            k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
-                window, start + cols, stride_b, stride_h, stride_w,
-                H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w, WINDOW_H, WINDOW_W, HAS_PAD,
+            image, k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
+                window, start + cols, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+                cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
             )  # fmt: skip
-            k = load_tile(k_ptr, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-            v = load_tile(v_ptr, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+            k = load_tile(
+                k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            )  # n d
+            v = load_tile(
+                v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            )  # n d
             if WINDOW_AREA > BLOCK_N:
                 bias_tile = load_bias_tile(bias_ptr, head, rows, start + cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
             logits = tile_logits(
@@ -66,7 +73,9 @@ def forward_kernel(
             out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=ACC)
             row_max = new_max
 
-        store_tile(out_ptr, out / row_sum[:, None], q_pixels * C, q_in_map, HEAD_DIM, BLOCK_D)
+        store_tile(
+            out_ptr + image * H * W * C, out * (1.0 / row_sum)[:, None], q_pixels * C, q_in_map, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
         if SAVE_LSE:  # in units of log 2, as the backward kernels take it
             lse_offsets = (window * num_heads + head).to(tl.int64) * WINDOW_AREA + rows  # m
             tl.store(lse_ptr + lse_offsets, row_max + tl.log2(row_sum), mask=q_in_window)

@@ -10,14 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..geometry import num_windows
+from ..geometry import num_windows, shift_cut
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
 from .forward import forward_kernel
 
 # TRITON_INTERPRET=1 was set when the kernels were defined: they run in Triton's interpreter, on CPU tensors.
 INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
 
-ONE_TILE_AREA = 64  # a window of up to this many tokens is one tile; its backward is one kernel and needs no lse
+ONE_TILE_AREA = 64  # a window of up to this many tokens is one tile
+ONE_TILE_TOKEN_BYTES = 256  # wider tokens (float32 at head_dim > 64) would take more shared memory than an sm_86 has
 
 
 class Settings(NamedTuple):
@@ -29,10 +30,16 @@ class Settings(NamedTuple):
     num_stages: int
     programs_per_sm: int  # how many programs share the windows, per multiprocessor
 
+    def options(self) -> dict:
+        """As a kernel takes them."""
+        return dict(
+            BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages
+        )  # fmt: skip
 
-def needs_lse(window_area: int) -> bool:
-    """Whether the backward of such a window starts from the forward's `lse` and `out`."""
-    return window_area > ONE_TILE_AREA
+
+def needs_lse(window_area: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the backward of such a window takes several kernels, which start from the forward's `lse` and `out`."""
+    return window_area > ONE_TILE_AREA or _token_bytes(head_dim, dtype) > ONE_TILE_TOKEN_BYTES
 
 
 def block_d(head_dim: int) -> int:
@@ -40,22 +47,39 @@ def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def _token_bytes(head_dim: int, dtype: torch.dtype) -> int:
+    """What one token of one head takes in a tile."""
+    return block_d(head_dim) * dtype.itemsize
+
+
 def forward_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Settings:
     """Settings of `forward_kernel`."""
-    wide = block_d(head_dim) * dtype.itemsize > 128  # bytes of a token of one head
+    token_bytes = _token_bytes(head_dim, dtype)
     if window_area <= ONE_TILE_AREA:
         block = max(16, triton.next_power_of_2(window_area))
-        return Settings(block, block, num_warps=4, num_stages=1, programs_per_sm=8)
-    return Settings(64, 32 if wide else 64, num_warps=4, num_stages=2, programs_per_sm=8)
+        # Small tokens leave shared memory to fetch the next windows ahead of time; wide ones would crowd out programs.
+        stages = 3 if token_bytes <= 64 else 1
+        return Settings(block, block, num_warps=8 if token_bytes > 256 else 4, num_stages=stages, programs_per_sm=8)
+    # Narrow key tiles waste little of a window that is no power of two (144, 196); from 24x24 on wide ones win.
+    block_n = 64 if window_area > 256 and token_bytes <= 128 else 32
+    return Settings(32 if token_bytes > 256 else 64, block_n, num_warps=4, num_stages=1, programs_per_sm=8)
 
 
 def backward_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Settings:
-    """Settings of the backward kernels."""
-    wide = block_d(head_dim) * dtype.itemsize > 128
-    if window_area <= ONE_TILE_AREA:
+    """Settings of `backward_kernel`, or of the first two of the three kernels of larger windows."""
+    token_bytes = _token_bytes(head_dim, dtype)
+    if not needs_lse(window_area, head_dim, dtype):
         block = max(16, triton.next_power_of_2(window_area))
-        return Settings(block, block, num_warps=8 if wide else 4, num_stages=1, programs_per_sm=4)
-    return Settings(64, 32 if wide else 64, num_warps=4, num_stages=1, programs_per_sm=4)
+        # Four warps keep four 64x64 float32 tiles in registers; wide tokens beside them need eight.
+        return Settings(block, block, num_warps=8 if token_bytes > 128 else 4, num_stages=1, programs_per_sm=8)
+    if token_bytes > 256:
+        return Settings(32, 32, num_warps=4, num_stages=1, programs_per_sm=4)
+    return Settings(64, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
+
+
+def dbias_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Settings:
+    """Settings of `backward_dbias_kernel`, which holds a tile of the bias and one of its gradient all the time."""
+    return Settings(32 if _token_bytes(head_dim, dtype) > 256 else 64, 32, num_warps=4, num_stages=1, programs_per_sm=4)
 
 
 @functools.cache
@@ -114,28 +138,40 @@ class Call(NamedTuple):
     def scalars(self) -> dict:
         _, H, W, num_heads, _ = self.q.shape
         rows, cols = self.windows
+        cut_h, cut_w = shift_cut((H, W), self.window_size, self.shift_size)
         return dict(
             H=H, W=W, windows_h=rows, windows_w=cols, num_windows=self.num_windows,
             num_mask_windows=1 if self.mask is None else self.mask.shape[0],
-            # A roll by more than the map wraps around; the regions of the mask are cut by the shift as given.
-            roll_h=self.shift_size[0] % H, roll_w=self.shift_size[1] % W,
-            shift_h=self.shift_size[0], shift_w=self.shift_size[1],
             num_heads=num_heads, scale=self.scale,
+            # A roll by more than the map wraps around; the cut is made by the shift as given.
+            roll_h=self.shift_size[0] % H, roll_w=self.shift_size[1] % W,
+            cut_window_h=cut_h[0], cut_row=cut_h[1], cut_window_w=cut_w[0], cut_col=cut_w[1],
         )  # fmt: skip
 
     def constants(self) -> dict:
-        head_dim = self.q.shape[4]
+        B, H, W, num_heads, head_dim = self.q.shape
+        image_extent = max(H * self.q.stride(1) + W * self.q.stride(2), 3 * H * W * num_heads * head_dim)
         return dict(
             HEAD_DIM=head_dim, WINDOW_H=self.window_size[0], WINDOW_W=self.window_size[1], BLOCK_D=block_d(head_dim),
             HAS_BIAS=self.bias is not None, HAS_MASK=self.mask is not None, HAS_PAD=self.has_pad,
             IS_SHIFTED=any(self.shift_size),
             ACC=tl.float64 if self.q.dtype == torch.float64 else tl.float32, PRECISION=dot_precision(),
+            OFFSET=tl.int32 if image_extent < 2**31 else tl.int64,
         )  # fmt: skip
 
     def programs(self, programs_a_window: int, settings: Settings) -> int:
         """How many programs share the windows, where each window needs `programs_a_window` of them."""
         wanted = _multiprocessors(self.q.device) * settings.programs_per_sm
         return max(1, min(self.num_windows, triton.cdiv(wanted, programs_a_window)))
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        """What sums are taken in."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def partial_sums(self, needed: bool, *shape: int) -> torch.Tensor:
+        """Room for one partial sum a program; any tensor where a kernel is not going to touch it."""
+        return self.q.new_empty(shape, dtype=self.acc_dtype) if needed else self.q
 
 
 def dot_precision() -> str:
@@ -149,8 +185,7 @@ def launch_forward(call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> N
     heads_and_tiles = call.q.shape[3] * triton.cdiv(call.window_area, settings.block_m)
     forward_kernel[(heads_and_tiles, call.programs(heads_and_tiles, settings))](
         **call.pointers(), out_ptr=out, lse_ptr=out if lse is None else lse, **call.scalars(), **call.constants(),
-        BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, SAVE_LSE=lse is not None,
-        num_warps=settings.num_warps, num_stages=settings.num_stages,
+        **settings.options(), SAVE_LSE=lse is not None,
     )  # fmt: skip
 
 
@@ -168,53 +203,65 @@ def launch_backward(
     """Fill dq, dk, dv; return dbias [num_heads, N, N] and dpad_qkv [3 * num_heads * head_dim] where needed.
 
     `do` and `out` are contiguous maps [B, H, W, num_heads * head_dim]; `out` and `lse` are read only where
-    `needs_lse(call.window_area)`. dq, dk and dv [B, H, W, num_heads, head_dim] have the strides of one another, and
+    `needs_lse` says so. dq, dk and dv [B, H, W, num_heads, head_dim] have the strides of one another, and
     those of a contiguous map but for the distance from token to token.
     """
     num_heads, head_dim = call.q.shape[3:]
-    N = call.window_area
-    settings = backward_settings(N, head_dim, call.q.dtype)
-    query_tiles, key_tiles = triton.cdiv(N, settings.block_m), triton.cdiv(N, settings.block_n)
+    shared = dict(**call.pointers(), do_ptr=do, **call.scalars(), **call.constants())
+    grads = dict(dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, grad_stride=dq.stride(2))
     need_dpad_sums = need_dpad and call.has_pad
-    shared = dict(
-        **call.pointers(), do_ptr=do, **call.scalars(), **call.constants(), BLOCK_N=settings.block_n,
-        num_warps=settings.num_warps, num_stages=settings.num_stages,
-    )  # fmt: skip
-    acc_dtype = torch.promote_types(call.q.dtype, torch.float32)
-
-    def partial_sums(needed: bool, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=acc_dtype, device=do.device) if needed else do
-
-    if not needs_lse(N):
-        programs = call.programs(num_heads, settings)
-        dbias = partial_sums(need_dbias, programs, num_heads, N, N)
-        dpad = partial_sums(need_dpad_sums, programs, 2, num_heads * head_dim)
-        backward_kernel[(num_heads, programs)](
-            **shared, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, grad_stride=dq.stride(2), dbias_ptr=dbias, dpad_ptr=dpad,
-            NEED_DBIAS=need_dbias, NEED_DPAD=need_dpad_sums,
-        )  # fmt: skip
+    if needs_lse(call.window_area, head_dim, call.q.dtype):
+        shared.update(lse_ptr=lse, delta_ptr=torch.empty_like(lse))
+        dbias, dpad = _launch_tiled_backward(call, shared, grads, out, need_dbias, need_dpad_sums)
     else:
-        shared.update(lse_ptr=lse, delta_ptr=torch.empty_like(lse), BLOCK_M=settings.block_m)
-        programs_a_window = num_heads * query_tiles
-        programs = call.programs(programs_a_window, settings)
-        backward_dq_kernel[(programs_a_window, programs)](**shared, out_ptr=out, dq_ptr=dq, grad_stride=dq.stride(2))
-
-        programs_a_window = num_heads * key_tiles
-        programs = call.programs(programs_a_window, settings)
-        dpad = partial_sums(need_dpad_sums, programs * key_tiles, 2, num_heads * head_dim)
-        backward_dkdv_kernel[(programs_a_window, programs)](
-            **shared, dk_ptr=dk, dv_ptr=dv, grad_stride=dk.stride(2), dpad_ptr=dpad, NEED_DPAD=need_dpad_sums
-        )
-
-        if need_dbias:
-            programs_a_window = num_heads * query_tiles * key_tiles
-            programs = call.programs(programs_a_window, settings)
-            dbias = partial_sums(need_dbias, programs, num_heads, N, N)
-            backward_dbias_kernel[(programs_a_window, programs)](**shared, dbias_ptr=dbias)
+        dbias, dpad = _launch_one_tile_backward(call, shared, grads, need_dbias, need_dpad_sums)
 
     dpad_qkv = None
     if need_dpad:
-        dpad_qkv = torch.zeros(3 * num_heads * head_dim, dtype=acc_dtype, device=do.device)
+        dpad_qkv = do.new_zeros(3 * num_heads * head_dim, dtype=call.acc_dtype)
         if need_dpad_sums:
             dpad_qkv[num_heads * head_dim :] = dpad.sum(dim=0).flatten()  # a padded query has no gradient
     return dbias.sum(dim=0) if need_dbias else None, dpad_qkv
+
+
+def _launch_one_tile_backward(call: Call, shared: dict, grads: dict, need_dbias: bool, need_dpad: bool):
+    """Partial sums of dbias and dpad."""
+    N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
+    settings = backward_settings(N, head_dim, call.q.dtype)
+    programs = call.programs(num_heads, settings)
+    dbias = call.partial_sums(need_dbias, programs, num_heads, N, N)
+    dpad = call.partial_sums(need_dpad, programs, 2, num_heads * head_dim)
+    backward_kernel[(num_heads, programs)](
+        **shared, **grads, dbias_ptr=dbias, dpad_ptr=dpad, NEED_DBIAS=need_dbias, NEED_DPAD=need_dpad,
+        **settings.options(),
+    )  # fmt: skip
+    return dbias, dpad
+
+
+def _launch_tiled_backward(call: Call, shared: dict, grads: dict, out, need_dbias: bool, need_dpad: bool):
+    """Partial sums of dbias and dpad. The kernels run in this order: the first leaves delta to the other two."""
+    N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
+    settings = backward_settings(N, head_dim, call.q.dtype)
+    programs_a_window = num_heads * triton.cdiv(N, settings.block_m)
+    programs = call.programs(programs_a_window, settings)
+    backward_dq_kernel[(programs_a_window, programs)](
+        **shared, out_ptr=out, dq_ptr=grads["dq_ptr"], grad_stride=grads["grad_stride"], **settings.options()
+    )
+
+    key_tiles = triton.cdiv(N, settings.block_n)
+    programs_a_window = num_heads * key_tiles
+    programs = call.programs(programs_a_window, settings)
+    dpad = call.partial_sums(need_dpad, programs * key_tiles, 2, num_heads * head_dim)
+    backward_dkdv_kernel[(programs_a_window, programs)](
+        **shared, dk_ptr=grads["dk_ptr"], dv_ptr=grads["dv_ptr"], grad_stride=grads["grad_stride"],
+        dpad_ptr=dpad, NEED_DPAD=need_dpad, **settings.options(),
+    )  # fmt: skip
+
+    if not need_dbias:
+        return None, dpad
+    settings = dbias_settings(N, head_dim, call.q.dtype)
+    programs_a_window = num_heads * triton.cdiv(N, settings.block_m) * triton.cdiv(N, settings.block_n)
+    programs = call.programs(programs_a_window, settings)
+    dbias = call.partial_sums(True, programs, num_heads, N, N)
+    backward_dbias_kernel[(programs_a_window, programs)](**shared, dbias_ptr=dbias, **settings.options())
+    return dbias, dpad

@@ -19,32 +19,35 @@ MASK_LOG2 = tl.constexpr(-100.0 * 1.4426950408889634)  # geometry.MASK_VALUE in 
 
 @triton.jit
 def locate_tokens(
-    window, tokens, stride_b, stride_h, stride_w,
-    H, W, windows_h, windows_w, roll_h, roll_w, shift_h, shift_w,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HAS_PAD: tl.constexpr,
+    window, tokens, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
+    cut_window_h, cut_window_w, cut_row, cut_col,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HAS_PAD: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Where the `tokens` of one window lie.
 
-    Returns their offsets in q, k and v, their pixels (image * H + y) * W + x for the contiguous maps, their region as
-    geometry.region_ids has it, whether they are the window's, and whether they are the map's: a padded token is only
-    the former.
+    Returns the image, the tokens' offsets in that image of q, k and v, their pixels y * W + x for the contiguous maps,
+    their region (geometry.shift_cut), whether they are the window's, and whether they are the map's: a padded token is
+    only the former.
     """
     image = (window // (windows_h * windows_w)).to(tl.int64)
-    row = (window // windows_w) % windows_h * WINDOW_H + tokens // WINDOW_W  # m, in the rolled and padded map
-    col = window % windows_w * WINDOW_W + tokens % WINDOW_W  # m
-    region = 2 * (row >= windows_h * WINDOW_H - shift_h).to(tl.int32)  # m
-    region += (col >= windows_w * WINDOW_W - shift_w).to(tl.int32)
+    window_h = (window // windows_w) % windows_h
+    window_w = window % windows_w
+    row = tokens // WINDOW_W  # m, in the window
+    col = tokens % WINDOW_W  # m
     in_window = tokens < WINDOW_H * WINDOW_W  # m
+    # The cut runs through one row and one column of windows; the bits of all others are equal for all their tokens.
+    cut = 2 * (window_h == cut_window_h).to(tl.int32) + (window_w == cut_window_w).to(tl.int32)
+    region = (2 * (row >= cut_row).to(tl.int32) + (col >= cut_col).to(tl.int32)) & cut  # m
+    row += window_h * WINDOW_H  # m, in the rolled and padded map
+    col += window_w * WINDOW_W
     in_map = in_window
     if HAS_PAD:
         in_map = in_window & (row < H) & (col < W)
     y = row + roll_h  # m, in the caller's map
-    y = tl.where(y >= H, y - H, y)
+    y = tl.where(y >= H, y - H, y).to(OFFSET)
     x = col + roll_w
-    x = tl.where(x >= W, x - W, x)
-    offsets = image * stride_b + (y.to(tl.int64) * stride_h + x * stride_w)  # m
-    pixels = image * H * W + (y * W + x)  # m
-    return offsets, pixels, region, in_window, in_map
+    x = tl.where(x >= W, x - W, x).to(OFFSET)
+    return image, y * stride_h + x * stride_w, y * W + x, region, in_window, in_map
 
 
 @triton.jit
@@ -103,8 +106,6 @@ def tile_logits(
     if HAS_MASK:
         in_window = (rows < WINDOW_AREA)[:, None] & (cols < WINDOW_AREA)[None, :]  # m n
         first = (window % num_mask_windows).to(tl.int64) * WINDOW_AREA * WINDOW_AREA
-        mask = tl.load(
-            mask_ptr + first + rows[:, None] * WINDOW_AREA + cols[None, :], mask=in_window, other=0.0
-        )  # m n
+        mask = tl.load(mask_ptr + first + rows[:, None] * WINDOW_AREA + cols[None, :], mask=in_window, other=0.0)  # m n
         logits += mask.to(ACC) * LOG2E
     return logits  # m n
