@@ -121,9 +121,9 @@ def _run(case: Case) -> None:
     pad = torch.zeros(3 * C, dtype=case.dtype)
     call = launch.Call(*qkv.unbind(3), bias, mask, pad, window_size, (case.shift, case.shift), 1.0)
     out = torch.zeros(*shape, C, dtype=case.dtype)
-    lse = torch.zeros(call.num_windows, num_heads, N) if launch.needs_lse(N, case.head_dim, case.dtype) else None
-    launch.launch_forward(call, out, lse)
-    launch.launch_backward(call, out, out, lse, *qkv.unbind(3), need_dbias=True, need_dpad=True)
+    stats = torch.zeros(call.num_windows, num_heads, N, 2) if launch.needs_stats(N, case.head_dim, case.dtype) else None
+    launch.launch_forward(call, out, stats)
+    launch.launch_backward(call, out, out, stats, *qkv.unbind(3), need_dbias=True, need_dpad=True)
 
 
 def compile_case(target_name: str, name: str) -> list[Row]:
@@ -131,6 +131,7 @@ def compile_case(target_name: str, name: str) -> list[Row]:
     target, shared_limit = TARGETS[target_name]
     case = make_cases()[name]
     triton.runtime.driver.set_active(CompileOnlyDriver(target))
+    launch._target_arch.cache_clear()
     compiled_kernels = []
 
     def warmup(kernel, grid):

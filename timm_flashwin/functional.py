@@ -13,6 +13,19 @@ from .ops import autocast_dtype
 
 _logger = logging.getLogger("timm_flashwin")
 
+
+def _constant(function):
+    """Evaluate `function` once per arguments, also under torch.compile, which takes the result and traces nothing."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def constant(*args):
+        return cached(*args)
+
+    constant.cache_clear = cached.cache_clear
+    return torch.compiler.assume_constant_result(constant)
+
+
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 MAX_WINDOW_AREA = 24 * 24
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
@@ -81,9 +94,9 @@ def window_attention(
     scale = head_dim**-0.5 if scale is None else float(scale)
 
     if _use_kernels(impl, qkv, head_dim, window_area):
-        save_lse = _needs_grad(qkv, bias, pad_qkv) and _kernels().needs_lse(window_area, head_dim, _compute_dtype(qkv))
+        save_stats = _needs_grad(qkv, bias, pad_qkv) and _needs_stats(window_area, head_dim, _compute_dtype(qkv))
         return torch.ops.timm_flashwin.window_attention(
-            qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_lse
+            qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_stats
         )[0]
     (qkv,), context = _under_autocast(qkv)
     with context:
@@ -138,8 +151,8 @@ def windowed_sdpa(
     scale = head_dim**-0.5 if scale is None else float(scale)
 
     if _use_kernels(impl, q, head_dim, N):
-        save_lse = _needs_grad(q, k, v, bias) and _kernels().needs_lse(N, head_dim, _compute_dtype(q))
-        return torch.ops.timm_flashwin.windowed_sdpa(q, k, v, bias, mask, scale, save_lse)[0]
+        save_stats = _needs_grad(q, k, v, bias) and _needs_stats(N, head_dim, _compute_dtype(q))
+        return torch.ops.timm_flashwin.windowed_sdpa(q, k, v, bias, mask, scale, save_stats)[0]
     (q, k, v), context = _under_autocast(q, k, v)
     with context:
         return reference.windowed_sdpa(q, k, v, bias, mask, scale)
@@ -192,8 +205,7 @@ def _use_kernels(impl: str, x: Tensor, head_dim: int, window_area: int) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@_constant
 def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int, window_area: int) -> str | None:
     """Why `impl="auto"` takes plain PyTorch for such a call, in words for the user; None where it takes the kernels."""
     if device.type == "cpu":  # Triton's interpreter, which impl="triton" may use, is for tests
@@ -201,8 +213,7 @@ def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int, win
     return _refusal(device, dtype, head_dim, window_area)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@_constant
 def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int, window_area: int) -> str | None:
     """Why the kernels cannot serve such a call; None where they can."""
     error = _import_error()
@@ -228,12 +239,17 @@ def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int, window_are
     return None
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@_constant
 def log_fallback(reason: str, device_type: str) -> None:
     """Log, once per reason, that plain PyTorch runs: news on a GPU, a matter of course elsewhere."""
     level = logging.WARNING if device_type == "cuda" else logging.INFO
     _logger.log(level, "window attention runs in plain PyTorch: %s", reason)
+
+
+@_constant
+def _needs_stats(window_area: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the backward will need the forward's softmax statistics."""
+    return _kernels().needs_stats(window_area, head_dim, dtype)
 
 
 @functools.cache

@@ -12,19 +12,19 @@ from torch import Tensor
 _GEOMETRY = "int num_heads, int[2] window_size, int[2] shift_size, float scale"
 _library = torch.library.Library("timm_flashwin", "DEF")
 _library.define(
-    f"window_attention(Tensor qkv, Tensor? bias, Tensor? pad_qkv, {_GEOMETRY}, bool save_lse) -> (Tensor, Tensor)"
+    f"window_attention(Tensor qkv, Tensor? bias, Tensor? pad_qkv, {_GEOMETRY}, bool save_stats) -> (Tensor, Tensor)"
 )
 _library.define(
-    "window_attention_backward(Tensor do, Tensor qkv, Tensor? bias, Tensor? pad_qkv, Tensor? out, Tensor? lse, "
+    "window_attention_backward(Tensor do, Tensor qkv, Tensor? bias, Tensor? pad_qkv, Tensor? out, Tensor? stats, "
     f"{_GEOMETRY}, bool need_dbias, bool need_dpad_qkv) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "windowed_sdpa(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale, bool save_lse) "
+    "windowed_sdpa(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale, bool save_stats) "
     "-> (Tensor, Tensor)"
 )
 _library.define(
     "windowed_sdpa_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? out, "
-    "Tensor? lse, float scale, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? stats, float scale, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -35,6 +35,10 @@ def _implement(name: str, kernel, fake, backward=None, setup_context=None) -> No
     torch.library.register_fake(f"timm_flashwin::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"timm_flashwin::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError('window attention has no second derivative in Triton; use impl="reference" for double backward')
 
 
 def _launch():
@@ -71,46 +75,46 @@ def _map_call(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale):
     return _launch().Call(q, k, v, bias, None, pad_qkv, tuple(window_size), tuple(shift_size), scale)
 
 
-def _window_attention(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_lse):
-    out, lse = _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_lse)
+def _window_attention(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_stats):
+    out, stats = _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_stats)
     if out.numel():
         call = _map_call(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale)
         with _device_guard(qkv):
-            _launch().launch_forward(call, out, lse if save_lse else None)
-    return out, lse
+            _launch().launch_forward(call, out, stats if save_stats else None)
+    return out, stats
 
 
-def _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_lse):
+def _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_stats):
     B, H, W, three_c = qkv.shape
     out = qkv.new_empty(B, H, W, three_c // 3)
-    if not save_lse:
+    if not save_stats:
         return out, _none(qkv)
     Wh, Ww = window_size
     windows = B * (-(-H // Wh)) * (-(-W // Ww))
-    return out, qkv.new_empty(windows, num_heads, Wh * Ww, dtype=_acc_dtype(qkv))
+    return out, qkv.new_empty(windows, num_heads, Wh * Ww, 2, dtype=_acc_dtype(qkv))
 
 
 def _window_attention_setup_context(ctx, inputs, output):
-    qkv, bias, pad_qkv, *ctx.geometry, save_lse = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
+    qkv, bias, pad_qkv, *ctx.geometry, save_stats = inputs
+    out, stats = output
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, bias, pad_qkv, *((out, lse) if save_lse else (None, None)))
+    ctx.save_for_backward(qkv, bias, pad_qkv, *((out, stats) if save_stats else (None, None)))
 
 
 def _window_attention_autograd(ctx, do, _):
-    qkv, bias, pad_qkv, out, lse = ctx.saved_tensors
+    qkv, bias, pad_qkv, out, stats = ctx.saved_tensors
     if do is None:
         return (None,) * 8
     _, need_dbias, need_dpad_qkv, *_ = ctx.needs_input_grad
     dqkv, dbias, dpad_qkv = torch.ops.timm_flashwin.window_attention_backward(
-        do, qkv, bias, pad_qkv, out, lse, *ctx.geometry, need_dbias, need_dpad_qkv
+        do, qkv, bias, pad_qkv, out, stats, *ctx.geometry, need_dbias, need_dpad_qkv
     )
     return dqkv, dbias if need_dbias else None, dpad_qkv if need_dpad_qkv else None, None, None, None, None, None
 
 
 def _window_attention_backward(
-    do, qkv, bias, pad_qkv, out, lse, num_heads, window_size, shift_size, scale, need_dbias, need_dpad_qkv
+    do, qkv, bias, pad_qkv, out, stats, num_heads, window_size, shift_size, scale, need_dbias, need_dpad_qkv
 ):
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if not do.numel():
@@ -123,7 +127,7 @@ def _window_attention_backward(
     with _device_guard(qkv):
         dq, dk, dv = dqkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
         dbias, dpad_qkv = _launch().launch_backward(
-            call, do.contiguous(), out, lse, dq, dk, dv, need_dbias, need_dpad_qkv
+            call, do.contiguous(), out, stats, dq, dk, dv, need_dbias, need_dpad_qkv
         )
     return (
         dqkv,
@@ -133,7 +137,7 @@ def _window_attention_backward(
 
 
 def _window_attention_backward_fake(
-    do, qkv, bias, pad_qkv, out, lse, num_heads, window_size, shift_size, scale, need_dbias, need_dpad_qkv
+    do, qkv, bias, pad_qkv, out, stats, num_heads, window_size, shift_size, scale, need_dbias, need_dpad_qkv
 ):
     return (
         torch.empty_like(qkv, memory_format=torch.contiguous_format),
@@ -149,7 +153,9 @@ _implement(
     _window_attention_autograd,
     _window_attention_setup_context,
 )
-_implement("window_attention_backward", _window_attention_backward, _window_attention_backward_fake)
+_implement(
+    "window_attention_backward", _window_attention_backward, _window_attention_backward_fake, _no_second_derivative
+)
 
 
 # --------------------------------------------------------------------------------------------- windowed_sdpa
@@ -163,42 +169,42 @@ def _windows_call(q, k, v, bias, mask, scale):
     return _launch().Call(q, k, v, bias, mask, None, (N, 1), (0, 0), scale)
 
 
-def _windowed_sdpa(q, k, v, bias, mask, scale, save_lse):
-    out, lse = _windowed_sdpa_fake(q, k, v, bias, mask, scale, save_lse)
+def _windowed_sdpa(q, k, v, bias, mask, scale, save_stats):
+    out, stats = _windowed_sdpa_fake(q, k, v, bias, mask, scale, save_stats)
     if out.numel():
         call = _windows_call(q, k, v, bias, mask, scale)
         with _device_guard(q):
-            _launch().launch_forward(call, out.transpose(1, 2), lse if save_lse else None)
-    return out, lse
+            _launch().launch_forward(call, out.transpose(1, 2), stats if save_stats else None)
+    return out, stats
 
 
-def _windowed_sdpa_fake(q, k, v, bias, mask, scale, save_lse):
+def _windowed_sdpa_fake(q, k, v, bias, mask, scale, save_stats):
     B_, num_heads, N, head_dim = q.shape
     out = q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2)  # dense as [B_, N, C], which is what comes next
-    return out, q.new_empty(B_, num_heads, N, dtype=_acc_dtype(q)) if save_lse else _none(q)
+    return out, q.new_empty(B_, num_heads, N, 2, dtype=_acc_dtype(q)) if save_stats else _none(q)
 
 
 def _windowed_sdpa_setup_context(ctx, inputs, output):
-    q, k, v, bias, mask, ctx.scale, save_lse = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
+    q, k, v, bias, mask, ctx.scale, save_stats = inputs
+    out, stats = output
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, bias, mask, *((out, lse) if save_lse else (None, None)))
+    ctx.save_for_backward(q, k, v, bias, mask, *((out, stats) if save_stats else (None, None)))
 
 
 def _windowed_sdpa_autograd(ctx, do, _):
-    q, k, v, bias, mask, out, lse = ctx.saved_tensors
+    q, k, v, bias, mask, out, stats = ctx.saved_tensors
     if do is None:
         return (None,) * 7
     need_dbias = ctx.needs_input_grad[3]
     dq, dk, dv, dbias = torch.ops.timm_flashwin.windowed_sdpa_backward(
-        do, q, k, v, bias, mask, out, lse, ctx.scale, need_dbias
+        do, q, k, v, bias, mask, out, stats, ctx.scale, need_dbias
     )
     return dq, dk, dv, dbias if need_dbias else None, None, None, None
 
 
-def _windowed_sdpa_backward(do, q, k, v, bias, mask, out, lse, scale, need_dbias):
-    dq, dk, dv, dbias = _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, out, lse, scale, need_dbias)
+def _windowed_sdpa_backward(do, q, k, v, bias, mask, out, stats, scale, need_dbias):
+    dq, dk, dv, dbias = _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, out, stats, scale, need_dbias)
     if not do.numel():
         return dq, dk, dv, dbias.zero_()
     call = _windows_call(q, k, v, bias, mask, scale)
@@ -206,18 +212,18 @@ def _windowed_sdpa_backward(do, q, k, v, bias, mask, out, lse, scale, need_dbias
     out = None if out is None else out.transpose(1, 2)
     grads = (t.transpose(1, 2).unsqueeze(2) for t in (dq, dk, dv))
     with _device_guard(q):
-        dbias_sum, _ = _launch().launch_backward(call, do, out, lse, *grads, need_dbias, False)
+        dbias_sum, _ = _launch().launch_backward(call, do, out, stats, *grads, need_dbias, False)
     return dq, dk, dv, dbias_sum.to(bias.dtype) if need_dbias else dbias
 
 
-def _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, out, lse, scale, need_dbias):
+def _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, out, stats, scale, need_dbias):
     B_, num_heads, N, head_dim = q.shape
     dq, dk, dv = (q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2) for _ in range(3))
     return dq, dk, dv, bias.new_empty(bias.shape) if need_dbias else _none(q)
 
 
 _implement("windowed_sdpa", _windowed_sdpa, _windowed_sdpa_fake, _windowed_sdpa_autograd, _windowed_sdpa_setup_context)
-_implement("windowed_sdpa_backward", _windowed_sdpa_backward, _windowed_sdpa_backward_fake)
+_implement("windowed_sdpa_backward", _windowed_sdpa_backward, _windowed_sdpa_backward_fake, _no_second_derivative)
 
 
 # -------------------------------------------------------------------------------------------------- autocast

@@ -6,8 +6,9 @@ With P = softmax(logits), dP = do @ v^T and delta = rowsum(P * dP) = rowsum(do *
 
 Where a window fits one tile, one kernel does it all from q, k, v and do. Larger windows take three kernels, each
 pinned to what it accumulates: `dq` to a tile of queries, `dkdv` to a tile of keys, `dbias` to a tile of the bias; they
-rebuild P from `lse`. Every program adds its windows in a fixed order and writes its own partial sum of dbias and of the
-padding's gradient; the caller adds those up. No atomics: the same input gives the same bits.
+rebuild P from the forward's row maxima and sums. Every program adds its windows in a fixed order and writes its own
+partial sum of dbias and of the padding's gradient; the caller adds those up. No atomics: the same input gives the
+same bits.
 
 A padded query has no output, so its do is 0 and so is its dq: only k and v carry a gradient into the padding.
 """
@@ -15,7 +16,16 @@ A padded query has no output, so its do is 0 and so is its dq: only k and v carr
 import triton
 import triton.language as tl
 
-from .primitives import load_bias_tile, load_tile, locate_tokens, store_tile, tile_logits
+from .primitives import (
+    as_operand,
+    load_bias_tile,
+    load_stats,
+    load_tile,
+    locate_tokens,
+    stats_offsets,
+    store_tile,
+    tile_logits,
+)
 
 
 @triton.jit
@@ -64,16 +74,16 @@ def backward_kernel(
             cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
         q = load_tile(
-            q_ptr + image * stride_b, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            q_ptr + image * stride_b, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # n d
         k = load_tile(
-            k_ptr + image * stride_b, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            k_ptr + image * stride_b, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # n d
         v = load_tile(
-            v_ptr + image * stride_b, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            v_ptr + image * stride_b, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # n d
         do = load_tile(
-            do_ptr + image * H * W * C, pixels * C, in_window, in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+            do_ptr + image * H * W * C, pixels * C, in_window, in_map, do_ptr, HEAD_DIM, BLOCK_D, False, PRECISION
         )  # n d
 
         logits = tile_logits(
@@ -83,7 +93,7 @@ def backward_kernel(
         p = tl.exp2(logits - tl.max(logits, axis=1)[:, None])  # n n
         p = p * (1.0 / tl.sum(p, axis=1))[:, None]
         # Each result leaves as soon as it is there: registers are what this kernel is short of.
-        dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)  # n d
+        dv = tl.dot(tl.trans(as_operand(p, do.dtype, PRECISION)), do, input_precision=PRECISION, out_dtype=ACC)  # n d
         store_tile(dv_ptr + image * H * W * grad_stride, dv, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
         if NEED_DPAD:
             padded = (in_window & (in_map == 0))[:, None]  # n 1
@@ -92,7 +102,7 @@ def backward_kernel(
         ds = p * (dp - tl.sum(p * dp, axis=1)[:, None])  # n n
         if NEED_DBIAS:
             dbias += ds
-        ds = ds.to(q.dtype)
+        ds = as_operand(ds, q.dtype, PRECISION)
         dq = tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC) * scale  # n d
         store_tile(dq_ptr + image * H * W * grad_stride, dq, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION, out_dtype=ACC) * scale  # n d
@@ -111,7 +121,7 @@ def backward_kernel(
 
 @triton.jit
 def backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, out_ptr, lse_ptr, do_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, out_ptr, stats_ptr, do_ptr, delta_ptr, dq_ptr,
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
@@ -143,18 +153,17 @@ def backward_dq_kernel(
             cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
         q = load_tile(
-            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # m d
         do = load_tile(
-            do_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+            do_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False, PRECISION
         )  # m d
         out = load_tile(
-            out_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, out_ptr, HEAD_DIM, BLOCK_D, False
+            out_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, out_ptr, HEAD_DIM, BLOCK_D, False, "ieee"
         )  # m d
-        stats_offsets = (window * num_heads + head).to(tl.int64) * WINDOW_AREA + rows  # m
-        lse = tl.load(lse_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
+        row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)
         delta = tl.sum(do.to(ACC) * out.to(ACC), axis=1)  # m
-        tl.store(delta_ptr + stats_offsets, delta, mask=q_in_window)
+        tl.store(delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA), delta, mask=q_in_window)
 
         dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
         for start in range(0, WINDOW_AREA, BLOCK_N):
@@ -163,19 +172,35 @@ def backward_dq_kernel(
                 cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
             )  # fmt: skip
             k = load_tile(
-                k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                k_ptr + image * stride_b,
+                k_offsets,
+                k_in_window,
+                k_in_map,
+                k_pad_ptr,
+                HEAD_DIM,
+                BLOCK_D,
+                HAS_PAD,
+                PRECISION,
             )  # n d
             v = load_tile(
-                v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                v_ptr + image * stride_b,
+                k_offsets,
+                k_in_window,
+                k_in_map,
+                v_pad_ptr,
+                HEAD_DIM,
+                BLOCK_D,
+                HAS_PAD,
+                PRECISION,
             )  # n d
             bias_tile = load_bias_tile(bias_ptr, head, rows, start + cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
             logits = tile_logits(
                 q, k, bias_tile, q_region, k_region, scale, mask_ptr, window, rows, start + cols, num_mask_windows,
                 ACC, PRECISION, WINDOW_AREA, IS_SHIFTED, HAS_MASK,
             )  # fmt: skip
-            p = tl.exp2(logits - lse[:, None])  # m n
+            p = tl.exp2(logits - row_max[:, None]) * inverse_sum[:, None]  # m n
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
-            ds = (p * (dp - delta[:, None])).to(k.dtype)  # m n
+            ds = as_operand(p * (dp - delta[:, None]), k.dtype, PRECISION)  # m n
             dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
         store_tile(
             dq_ptr + image * H * W * grad_stride, dq * scale, q_pixels * grad_stride, q_in_map, HEAD_DIM, BLOCK_D
@@ -184,7 +209,7 @@ def backward_dq_kernel(
 
 @triton.jit
 def backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, dpad_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, stats_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, dpad_ptr,
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
@@ -218,10 +243,10 @@ def backward_dkdv_kernel(
             cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
         k = load_tile(
-            k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # n d
         v = load_tile(
-            v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # n d
         padded = (k_in_window & (k_in_map == 0))[:, None]  # n 1
 
@@ -233,23 +258,42 @@ def backward_dkdv_kernel(
                 cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
             )  # fmt: skip
             q = load_tile(
-                q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                q_ptr + image * stride_b,
+                q_offsets,
+                q_in_window,
+                q_in_map,
+                q_pad_ptr,
+                HEAD_DIM,
+                BLOCK_D,
+                HAS_PAD,
+                PRECISION,
             )  # m d
             do = load_tile(
-                do_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+                do_ptr + image * H * W * C,
+                q_pixels * C,
+                q_in_window,
+                q_in_map,
+                do_ptr,
+                HEAD_DIM,
+                BLOCK_D,
+                False,
+                PRECISION,
             )  # m d
-            stats_offsets = (window * num_heads + head).to(tl.int64) * WINDOW_AREA + start + rows  # m
-            lse = tl.load(lse_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
-            delta = tl.load(delta_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
+            row_max, inverse_sum = load_stats(stats_ptr, window, head, start + rows, num_heads, WINDOW_AREA)
+            delta = tl.load(
+                delta_ptr + stats_offsets(window, head, start + rows, num_heads, WINDOW_AREA),
+                mask=q_in_window,
+                other=0.0,
+            )  # m
             bias_tile = load_bias_tile(bias_ptr, head, start + rows, cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
             logits = tile_logits(
                 q, k, bias_tile, q_region, k_region, scale, mask_ptr, window, start + rows, cols, num_mask_windows,
                 ACC, PRECISION, WINDOW_AREA, IS_SHIFTED, HAS_MASK,
             )  # fmt: skip
-            p = tl.exp2(logits - lse[:, None])  # m n
-            dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
+            p = tl.exp2(logits - row_max[:, None]) * inverse_sum[:, None]  # m n
+            dv += tl.dot(tl.trans(as_operand(p, do.dtype, PRECISION)), do, input_precision=PRECISION, out_dtype=ACC)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
-            ds = (p * (dp - delta[:, None])).to(q.dtype)  # m n
+            ds = as_operand(p * (dp - delta[:, None]), q.dtype, PRECISION)  # m n
             dk += tl.dot(tl.trans(ds), q, input_precision=PRECISION, out_dtype=ACC)
         dk *= scale
         store_tile(dk_ptr + image * H * W * grad_stride, dk, k_pixels * grad_stride, k_in_map, HEAD_DIM, BLOCK_D)
@@ -268,7 +312,7 @@ def backward_dkdv_kernel(
 
 @triton.jit
 def backward_dbias_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, lse_ptr, do_ptr, delta_ptr, dbias_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, stats_ptr, do_ptr, delta_ptr, dbias_ptr,
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
@@ -301,29 +345,30 @@ def backward_dbias_kernel(
             cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
         q = load_tile(
-            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # m d
         do = load_tile(
-            do_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+            do_ptr + image * H * W * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False, PRECISION
         )  # m d
-        stats_offsets = (window * num_heads + head).to(tl.int64) * WINDOW_AREA + rows  # m
-        lse = tl.load(lse_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
-        delta = tl.load(delta_ptr + stats_offsets, mask=q_in_window, other=0.0)  # m
+        row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)
+        delta = tl.load(
+            delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA), mask=q_in_window, other=0.0
+        )  # m
 
         image, k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
             window, cols, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
             cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
         k = load_tile(
-            k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # n d
         v = load_tile(
-            v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # n d
         logits = tile_logits(
             q, k, bias_tile, q_region, k_region, scale, mask_ptr, window, rows, cols, num_mask_windows,
             ACC, PRECISION, WINDOW_AREA, IS_SHIFTED, HAS_MASK,
         )  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
-        dbias += tl.exp2(logits - lse[:, None]) * (dp - delta[:, None])
+        dbias += tl.exp2(logits - row_max[:, None]) * inverse_sum[:, None] * (dp - delta[:, None])
     store_bias_partial(dbias_ptr, dbias, head, num_heads, rows, cols, WINDOW_AREA)

@@ -3,19 +3,19 @@
 import triton
 import triton.language as tl
 
-from .primitives import load_bias_tile, load_tile, locate_tokens, store_tile, tile_logits
+from .primitives import as_operand, load_bias_tile, load_tile, locate_tokens, store_stats, store_tile, tile_logits
 
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, out_ptr, stats_ptr,
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
-    SAVE_LSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    SAVE_STATS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_heads * query tiles, programs that share the windows); heads vary fastest, so that neighbours in
     time share the cache lines of a token."""
@@ -40,7 +40,7 @@ def forward_kernel(
             cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
         q = load_tile(
-            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
         )  # m d
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)  # m
         row_sum = tl.zeros([BLOCK_M], dtype=ACC)  # m
@@ -52,10 +52,26 @@ def forward_kernel(
                 cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
             )  # fmt: skip
             k = load_tile(
-                k_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                k_ptr + image * stride_b,
+                k_offsets,
+                k_in_window,
+                k_in_map,
+                k_pad_ptr,
+                HEAD_DIM,
+                BLOCK_D,
+                HAS_PAD,
+                PRECISION,
             )  # n d
             v = load_tile(
-                v_ptr + image * stride_b, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                v_ptr + image * stride_b,
+                k_offsets,
+                k_in_window,
+                k_in_map,
+                v_pad_ptr,
+                HEAD_DIM,
+                BLOCK_D,
+                HAS_PAD,
+                PRECISION,
             )  # n d
             if WINDOW_AREA > BLOCK_N:
                 bias_tile = load_bias_tile(bias_ptr, head, rows, start + cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
@@ -70,12 +86,13 @@ def forward_kernel(
             p = tl.exp2(logits - origin[:, None])  # m n
             rescale = tl.exp2(row_max - origin)  # m
             row_sum = row_sum * rescale + tl.sum(p, axis=1)
-            out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION, out_dtype=ACC)
+            out = out * rescale[:, None] + tl.dot(
+                as_operand(p, v.dtype, PRECISION), v, input_precision=PRECISION, out_dtype=ACC
+            )
             row_max = new_max
 
         store_tile(
             out_ptr + image * H * W * C, out * (1.0 / row_sum)[:, None], q_pixels * C, q_in_map, HEAD_DIM, BLOCK_D
         )  # fmt: skip
-        if SAVE_LSE:  # in units of log 2, as the backward kernels take it
-            lse_offsets = (window * num_heads + head).to(tl.int64) * WINDOW_AREA + rows  # m
-            tl.store(lse_ptr + lse_offsets, row_max + tl.log2(row_sum), mask=q_in_window)
+        if SAVE_STATS:
+            store_stats(stats_ptr, row_max, 1.0 / row_sum, window, head, rows, num_heads, WINDOW_AREA)

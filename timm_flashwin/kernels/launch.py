@@ -37,8 +37,8 @@ class Settings(NamedTuple):
         )  # fmt: skip
 
 
-def needs_lse(window_area: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the backward of such a window takes several kernels, which start from the forward's `lse` and `out`."""
+def needs_stats(window_area: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the backward of such a window takes several kernels, which start from the forward's `stats` and `out`."""
     return window_area > ONE_TILE_AREA or _token_bytes(head_dim, dtype) > ONE_TILE_TOKEN_BYTES
 
 
@@ -65,21 +65,31 @@ def forward_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Set
     return Settings(32 if token_bytes > 256 else 64, block_n, num_warps=4, num_stages=1, programs_per_sm=8)
 
 
-def backward_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Settings:
+def backward_settings(window_area: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """Settings of `backward_kernel`, or of the first two of the three kernels of larger windows."""
     token_bytes = _token_bytes(head_dim, dtype)
-    if not needs_lse(window_area, head_dim, dtype):
+    if not needs_stats(window_area, head_dim, dtype):
         block = max(16, triton.next_power_of_2(window_area))
-        # Four warps keep four 64x64 float32 tiles in registers; wide tokens beside them need eight.
-        return Settings(block, block, num_warps=8 if token_bytes > 128 else 4, num_stages=1, programs_per_sm=8)
+        # Four warps keep four 64x64 float32 tiles in registers; wide tokens beside them need eight. Fetching ahead pays
+        # where the tensor cores read from shared memory (wgmma); elsewhere its registers are spilled ones.
+        stages = 2 if token_bytes <= 64 and _target_arch(device) == 90 else 1
+        return Settings(block, block, num_warps=8 if token_bytes > 128 else 4, num_stages=stages, programs_per_sm=8)
     if token_bytes > 256:
         return Settings(32, 32, num_warps=4, num_stages=1, programs_per_sm=4)
-    return Settings(64, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
+    # Without wgmma both operands of a product take registers: a 64x64 tile would spill.
+    block_m = 64 if _target_arch(device) == 90 else 32
+    return Settings(block_m, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
 
 
 def dbias_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Settings:
     """Settings of `backward_dbias_kernel`, which holds a tile of the bias and one of its gradient all the time."""
     return Settings(32 if _token_bytes(head_dim, dtype) > 256 else 64, 32, num_warps=4, num_stages=1, programs_per_sm=4)
+
+
+@functools.cache
+def _target_arch(device: torch.device) -> int | str:
+    """What Triton compiles for: 90 for sm_90, "gfx942" for that; 0 in the interpreter."""
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
 
 
 @functools.cache
@@ -179,13 +189,13 @@ def dot_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def launch_forward(call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Fill `out` (a contiguous map [B, H, W, num_heads * head_dim]) and, if given, `lse` [B * nW, num_heads, N]."""
+def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> None:
+    """Fill `out`, a contiguous map [B, H, W, num_heads * head_dim], and, if given, `stats` [B*nW, num_heads, N, 2]."""
     settings = forward_settings(call.window_area, call.q.shape[4], call.q.dtype)
     heads_and_tiles = call.q.shape[3] * triton.cdiv(call.window_area, settings.block_m)
     forward_kernel[(heads_and_tiles, call.programs(heads_and_tiles, settings))](
-        **call.pointers(), out_ptr=out, lse_ptr=out if lse is None else lse, **call.scalars(), **call.constants(),
-        **settings.options(), SAVE_LSE=lse is not None,
+        **call.pointers(), out_ptr=out, stats_ptr=out if stats is None else stats, **call.scalars(), **call.constants(),
+        **settings.options(), SAVE_STATS=stats is not None,
     )  # fmt: skip
 
 
@@ -193,7 +203,7 @@ def launch_backward(
     call: Call,
     do: torch.Tensor,
     out: torch.Tensor | None,
-    lse: torch.Tensor | None,
+    stats: torch.Tensor | None,
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
@@ -202,16 +212,16 @@ def launch_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Fill dq, dk, dv; return dbias [num_heads, N, N] and dpad_qkv [3 * num_heads * head_dim] where needed.
 
-    `do` and `out` are contiguous maps [B, H, W, num_heads * head_dim]; `out` and `lse` are read only where
-    `needs_lse` says so. dq, dk and dv [B, H, W, num_heads, head_dim] have the strides of one another, and
+    `do` and `out` are contiguous maps [B, H, W, num_heads * head_dim]; `out` and `stats` are read only where
+    `needs_stats` says so. dq, dk and dv [B, H, W, num_heads, head_dim] have the strides of one another, and
     those of a contiguous map but for the distance from token to token.
     """
     num_heads, head_dim = call.q.shape[3:]
     shared = dict(**call.pointers(), do_ptr=do, **call.scalars(), **call.constants())
     grads = dict(dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, grad_stride=dq.stride(2))
     need_dpad_sums = need_dpad and call.has_pad
-    if needs_lse(call.window_area, head_dim, call.q.dtype):
-        shared.update(lse_ptr=lse, delta_ptr=torch.empty_like(lse))
+    if needs_stats(call.window_area, head_dim, call.q.dtype):
+        shared.update(stats_ptr=stats, delta_ptr=torch.empty_like(stats[..., 0]))
         dbias, dpad = _launch_tiled_backward(call, shared, grads, out, need_dbias, need_dpad_sums)
     else:
         dbias, dpad = _launch_one_tile_backward(call, shared, grads, need_dbias, need_dpad_sums)
@@ -227,7 +237,7 @@ def launch_backward(
 def _launch_one_tile_backward(call: Call, shared: dict, grads: dict, need_dbias: bool, need_dpad: bool):
     """Partial sums of dbias and dpad."""
     N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
-    settings = backward_settings(N, head_dim, call.q.dtype)
+    settings = backward_settings(N, head_dim, call.q.dtype, call.q.device)
     programs = call.programs(num_heads, settings)
     dbias = call.partial_sums(need_dbias, programs, num_heads, N, N)
     dpad = call.partial_sums(need_dpad, programs, 2, num_heads * head_dim)
@@ -241,7 +251,7 @@ def _launch_one_tile_backward(call: Call, shared: dict, grads: dict, need_dbias:
 def _launch_tiled_backward(call: Call, shared: dict, grads: dict, out, need_dbias: bool, need_dpad: bool):
     """Partial sums of dbias and dpad. The kernels run in this order: the first leaves delta to the other two."""
     N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
-    settings = backward_settings(N, head_dim, call.q.dtype)
+    settings = backward_settings(N, head_dim, call.q.dtype, call.q.device)
     programs_a_window = num_heads * triton.cdiv(N, settings.block_m)
     programs = call.programs(programs_a_window, settings)
     backward_dq_kernel[(programs_a_window, programs)](

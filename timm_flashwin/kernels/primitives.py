@@ -51,11 +51,25 @@ def locate_tokens(
 
 
 @triton.jit
+def as_operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """`x` as tl.dot shall see it: in `DTYPE`, and rounded to nearest where the tensor cores take TF32.
+
+    Left alone they cut the surplus bits off, which is twice the error of rounding, and all of one sign.
+    """
+    x = x.to(DTYPE)
+    if PRECISION == "tf32" and DTYPE == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # a NaN of all ones would overflow into -0
+    return x
+
+
+@triton.jit
 def load_tile(
     ptr, offsets, in_window, in_map, pad_ptr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tokens at `offsets` as a tile [m, d]: a padded token is the row at `pad_ptr`, one outside the window is 0."""
+    """Tokens at `offsets` as an operand [m, d]: a padded token is the row at `pad_ptr`, one outside the window is 0."""
     channels = tl.arange(0, BLOCK_D)  # d
     loaded = in_map[:, None]  # m 1
     if HEAD_DIM < BLOCK_D:
@@ -64,7 +78,7 @@ def load_tile(
     if HAS_PAD:
         pad = tl.load(pad_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tile.dtype)  # d
         tile = tl.where((in_window & (in_map == 0))[:, None], pad[None, :], tile)
-    return tile  # m d
+    return as_operand(tile, ptr.dtype.element_ty, PRECISION)  # m d
 
 
 @triton.jit
@@ -109,3 +123,29 @@ def tile_logits(
         mask = tl.load(mask_ptr + first + rows[:, None] * WINDOW_AREA + cols[None, :], mask=in_window, other=0.0)  # m n
         logits += mask.to(ACC) * LOG2E
     return logits  # m n
+
+
+@triton.jit
+def stats_offsets(window, head, rows, num_heads, WINDOW_AREA: tl.constexpr):
+    """Places of the query `rows` in a tensor [B * nW, num_heads, N]."""
+    return (window * num_heads + head).to(tl.int64) * WINDOW_AREA + rows  # m
+
+
+@triton.jit
+def store_stats(ptr, row_max, inverse_sum, window, head, rows, num_heads, WINDOW_AREA: tl.constexpr):
+    """Keep what turns logits into probabilities: [B * nW, num_heads, N, 2].
+
+    Two numbers and not their logarithm: it would be rounded once for all keys of a row, and in float32 that error does
+    not average out of the gradients.
+    """
+    offsets = 2 * stats_offsets(window, head, rows, num_heads, WINDOW_AREA)  # m
+    tl.store(ptr + offsets, row_max, mask=rows < WINDOW_AREA)
+    tl.store(ptr + offsets + 1, inverse_sum, mask=rows < WINDOW_AREA)
+
+
+@triton.jit
+def load_stats(ptr, window, head, rows, num_heads, WINDOW_AREA: tl.constexpr):
+    """(row_max, inverse_sum) of the query `rows`; 0 outside the window."""
+    offsets = 2 * stats_offsets(window, head, rows, num_heads, WINDOW_AREA)  # m
+    row_max = tl.load(ptr + offsets, mask=rows < WINDOW_AREA, other=0.0)  # m
+    return row_max, tl.load(ptr + offsets + 1, mask=rows < WINDOW_AREA, other=0.0)  # m

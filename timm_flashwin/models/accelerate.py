@@ -21,7 +21,9 @@ class AccelerateReport:
     skipped: dict[str, str] = field(default_factory=dict)  # name -> why it stayed as it was
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} modules replaced, {len(self.already)} already there, {len(self.skipped)} skipped"]
+        lines = [
+            f"{len(self.replaced)} modules replaced, {len(self.already)} already there, {len(self.skipped)} skipped"
+        ]
         lines += [f"  {name}: {cls}" for name, cls in self.replaced.items()]
         lines += [f"  {name}: already {cls}" for name, cls in self.already.items()]
         lines += [f"  {name}: skipped, {reason}" for name, reason in self.skipped.items()]

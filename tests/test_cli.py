@@ -1,0 +1,233 @@
+"""The promises of the command line: right answers, weights from timm's places, plain words where something is wrong."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+
+from timm_flashwin import demo
+from timm_flashwin.cli import main
+
+STOCK, TWIN = "swin_tiny_patch4_window7_224", "swin_tiny_flashwin"
+HUB_ID = "timm/swin_tiny_patch4_window7_224.ms_in1k"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def stock():
+    torch.manual_seed(0)
+    return timm.create_model(STOCK).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(stock, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(stock.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "photo.png"
+    with demo.asset(demo.SHEET) as sheet, Image.open(sheet) as image:
+        image.convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def top_5(stock, photo):
+    """What timm's own model and pipeline say about the photo."""
+    transform = create_transform(**resolve_model_data_config(stock))
+    with torch.inference_mode(), Image.open(photo) as image:
+        indices = stock(transform(image.convert("RGB")).unsqueeze(0))[0].topk(5).indices
+    return [ImageNetInfo().index_to_description(index) for index in indices.tolist()]
+
+
+def classify(*args) -> int:
+    return main(["classify", "--device", "cpu", *map(str, args)])
+
+
+def printed_labels(out: str) -> list[str]:
+    """The class lines: '   12.34%  label'."""
+    return [line.partition("%  ")[2] for line in out.splitlines() if line.startswith("  ")]
+
+
+# --------------------------------------------------------------------------------------------- right answers
+
+
+@pytest.mark.parametrize("model", [TWIN, STOCK])
+def test_classify_prints_the_5_classes_that_timm_finds(model, checkpoint, photo, top_5, capsys):
+    assert classify(photo, "--model", model, "--checkpoint", checkpoint) == 0
+    captured = capsys.readouterr()
+    assert printed_labels(captured.out) == top_5
+    assert ("plain PyTorch" in captured.out) == (model == TWIN)
+    assert ("timm's own" in captured.out) == (model == STOCK)
+    assert captured.err == ""
+
+
+def test_checkpoint_of_timms_train_script_loads_with_its_ema_weights(stock, photo, top_5, tmp_path, capsys):
+    path = tmp_path / "model_best.pth.tar"
+    raw = {name: torch.zeros_like(tensor) for name, tensor in stock.state_dict().items()}
+    torch.save({"state_dict": raw, "state_dict_ema": stock.state_dict(), "args": Namespace(model=TWIN)}, path)
+    assert classify(photo, "--model", TWIN, "--checkpoint", path) == 0
+    assert printed_labels(capsys.readouterr().out) == top_5
+
+
+def test_classes_without_known_names_are_printed_by_index(photo, tmp_path, capsys):
+    model = timm.create_model(TWIN, num_classes=3)
+    torch.nn.init.zeros_(model.head.fc.weight)
+    model.head.fc.bias.data = torch.tensor([0.0, 2.0, 1.0])
+    save_file(model.state_dict(), tmp_path / "three.safetensors")
+    assert classify(photo, photo, "--model", TWIN, "--checkpoint", tmp_path / "three.safetensors") == 0
+    assert printed_labels(capsys.readouterr().out) == ["class 1", "class 2", "class 0"] * 2
+
+
+def test_top_k_sets_the_number_of_classes(checkpoint, photo, top_5, capsys):
+    assert classify(photo, "--model", TWIN, "--checkpoint", checkpoint, "--top-k", 2) == 0
+    assert printed_labels(capsys.readouterr().out) == top_5[:2]
+
+
+def test_random_weights_are_called_random(photo, capsys):
+    assert classify(photo, "--model", TWIN) == 0
+    assert "weights are random" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["{photo}", "--model", "swin_tiny_flashwim"], "swin_tiny_flashwin"),
+        (["{photo}", "--model", "swin_tiny_flashwin.ms_in2k"], "ms_in1k"),
+        (["{tmp}/none.png", "--model", TWIN], "none.png is no file"),
+        (["{tmp}/text.png", "--model", TWIN], "text.png cannot be read as an image"),
+        (["{tmp}/cut.png", "--model", TWIN], "cut.png cannot be read as an image"),
+        (["{photo}", "--model", TWIN, "--checkpoint", "{tmp}/none.pth"], "none.pth is no file"),
+        (["{photo}", "--model", TWIN, "--checkpoint", "{tmp}/text.pth"], "text.pth cannot be loaded"),
+        (["{photo}", "--model", TWIN, "--checkpoint", "{tmp}/text.safetensors"], "text.safetensors cannot be loaded"),
+        (["{photo}", "--model", TWIN, "--checkpoint", "{tmp}/tensor.pth"], "tensor.pth cannot be loaded"),
+        (["{photo}", "--model", "resnet18", "--checkpoint", "{checkpoint}"], "cannot be loaded into ResNet"),
+        (["{photo}", "--model", TWIN, "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["{photo}", "--model", TWIN, "--device", "gpu"], "--device gpu cannot be used"),
+    ],
+)
+def test_wrong_input_is_named_in_one_line(args, message, photo, checkpoint, tmp_path, capsys):
+    for name in ("text.png", "text.pth", "text.safetensors"):
+        (tmp_path / name).write_text("this is neither an image nor a checkpoint")
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:2000])
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    args = [arg.format(photo=photo, tmp=tmp_path, checkpoint=checkpoint) for arg in args]
+
+    assert main(["classify", *args]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
+    assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize("args", [[], ["classify"], ["classify", "x.png", "--top-k", "0"]])
+def test_wrong_usage_exits_with_status_2(args, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(args)
+    assert error.value.code == 2
+    assert "usage: timm-flashwin" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub client asks for: HEAD, then GET, of a file of the one repository that is here."""
+
+    file: Path
+    requests: list[str]
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        self.requests.append(f"{self.command} {self.path}")
+        found = self.path == f"/{HUB_ID}/resolve/main/{self.file.name}"
+        content = self.file.read_bytes() if found else b""
+        self.send_response(200 if found else 404)
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", "0123456789" * 4)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(checkpoint):
+    """A hub on this machine that has the weights: (its address, the requests it got, how to close it)."""
+    handler = type("OneFileHub", (Hub,), {"file": checkpoint, "requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def close():
+        server.shutdown()
+        server.server_close()
+
+    yield f"http://127.0.0.1:{server.server_port}", handler.requests, close
+    close()
+
+
+def classify_with_hub(endpoint: str, cache: Path, *args) -> subprocess.CompletedProcess:
+    """In a process of its own: the hub client reads its settings at import."""
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    unset = ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "TRITON_INTERPRET")
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    command = [sys.executable, "-m", "timm_flashwin", "classify", "--device", "cpu", "--pretrained", *map(str, args)]
+    return subprocess.run(command, env=inherited | settings, capture_output=True, text=True, timeout=300)
+
+
+def test_pretrained_weights_travel_from_the_hub_and_then_from_its_cache(hub, photo, top_5, tmp_path):
+    endpoint, requests, close = hub
+    first = classify_with_hub(endpoint, tmp_path, photo, "--model", TWIN)
+    assert (first.returncode, printed_labels(first.stdout)) == (0, top_5), first.stderr
+    assert f"GET /{HUB_ID}/resolve/main/model.safetensors" in requests
+
+    close()
+    again = classify_with_hub(endpoint, tmp_path, photo, "--model", TWIN)
+    assert (again.returncode, printed_labels(again.stdout)) == (0, top_5), again.stderr
+
+
+def test_unreachable_hub_is_reported_plainly_and_at_once(photo, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        endpoint = f"http://127.0.0.1:{server.server_port}"  # closed again when the client asks
+    result = classify_with_hub(endpoint, tmp_path, photo, "--model", TWIN)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1  # no traceback, and no retries, which are logged
+    assert HUB_ID in result.stderr and "could not be fetched" in result.stderr and "refused" in result.stderr
+
+
+def test_weights_that_the_hub_does_not_have_are_reported_plainly(hub, photo, tmp_path):
+    endpoint, _, _ = hub
+    result = classify_with_hub(endpoint, tmp_path, photo, "--model", "swin_small_flashwin")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1 and "timm/swin_small_patch4_window7_224" in result.stderr
+
+
+def test_pretrained_without_weights_to_fetch_is_named_in_one_line(photo, capsys):
+    name = next(name for name in timm.list_models("vit_*") if not timm.list_pretrained(name + "*"))
+    assert classify(photo, "--model", name, "--pretrained") == 2
+    assert f"timm has no weights for {name}" in capsys.readouterr().err

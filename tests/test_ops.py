@@ -1,0 +1,68 @@
+"""The operators are good citizens of PyTorch: schema, fake kernels, autograd and compile."""
+
+import pytest
+import torch
+from conftest import GPU
+
+import timm_flashwin
+
+
+def map_arguments(device, window=(4, 4), requires_grad=True, save_stats=False):
+    area = window[0] * window[1]
+    qkv = torch.randn(1, 6, 9, 3 * 32, device=device, requires_grad=requires_grad)
+    bias = torch.randn(2, area, area, device=device, requires_grad=requires_grad)
+    pad = torch.randn(3 * 32, device=device, requires_grad=requires_grad)
+    return qkv, bias, pad, 2, window, (2, 1), 0.25, save_stats
+
+
+def windows_arguments(device, N=16, save_stats=False):
+    q, k, v = (torch.randn(4, 2, N, 16, device=device, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, N, N, device=device, requires_grad=True)
+    return q, k, v, bias, torch.randn(2, N, N, device=device), 0.25, save_stats
+
+
+@pytest.mark.parametrize("save_stats, window", [(False, (4, 4)), (True, (9, 8))])
+def test_opcheck_of_window_attention(save_stats, window, kernel_device, ieee):
+    arguments = map_arguments(kernel_device, window, save_stats=save_stats)
+    torch.library.opcheck(torch.ops.timm_flashwin.window_attention.default, arguments)
+
+
+@pytest.mark.parametrize("save_stats, N", [(False, 16), (True, 72)])
+def test_opcheck_of_windowed_sdpa(save_stats, N, kernel_device, ieee):
+    arguments = windows_arguments(kernel_device, N, save_stats)
+    torch.library.opcheck(torch.ops.timm_flashwin.windowed_sdpa.default, arguments)
+
+
+def test_double_backward_raises(kernel_device):
+    qkv = torch.randn(1, 4, 4, 3 * 16, device=kernel_device, requires_grad=True)
+    out = timm_flashwin.window_attention(qkv, 1, 4, impl="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), qkv)
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_compiles_without_a_graph_break_forward_and_backward(impl, kernel_device, ieee):
+    def function(qkv, bias):
+        return timm_flashwin.window_attention(qkv * 2, 2, (4, 3), (2, 1), bias, impl=impl).square().sum()
+
+    torch._dynamo.reset()
+    # Inductor is for the GPU: compiling C++ for a handful of loops would take longer than the whole test suite.
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    qkv = torch.randn(2, 6, 7, 3 * 32, device=kernel_device, requires_grad=True)
+    bias = torch.randn(2, 12, 12, device=kernel_device, requires_grad=True)
+    expected = torch.autograd.grad(function(qkv, bias), (qkv, bias))
+    actual = torch.autograd.grad(compiled(qkv, bias), (qkv, bias))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_under_autocast(kernel_device):
+    def function(qkv):
+        with torch.autocast(kernel_device, torch.float16):
+            return timm_flashwin.window_attention(qkv, 2, 4, 2, impl="triton")
+
+    torch._dynamo.reset()
+    qkv = torch.randn(1, 8, 8, 3 * 32, device=kernel_device)
+    out = torch.compile(function, fullgraph=True, backend="aot_eager")(qkv)
+    assert out.dtype == torch.float16 and torch.equal(out, function(qkv))
