@@ -80,16 +80,23 @@ def forward_kernel(
                 ACC, PRECISION, WINDOW_AREA, IS_SHIFTED, HAS_MASK,
             )  # fmt: skip
 
-            new_max = tl.maximum(row_max, tl.max(logits, axis=1))  # m
-            # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
-            origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
-            p = tl.exp2(logits - origin[:, None])  # m n
-            rescale = tl.exp2(row_max - origin)  # m
-            row_sum = row_sum * rescale + tl.sum(p, axis=1)
-            out = out * rescale[:, None] + tl.dot(
-                as_operand(p, v.dtype, PRECISION), v, input_precision=PRECISION, out_dtype=ACC
-            )
-            row_max = new_max
+            tile_max = tl.max(logits, axis=1)  # m
+            if WINDOW_AREA <= BLOCK_N:  # every key is in this tile
+                row_max = tile_max
+                p = tl.exp2(logits - row_max[:, None])  # m n
+                row_sum = tl.sum(p, axis=1)
+                p = as_operand(p, v.dtype, PRECISION)
+                out = tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                new_max = tl.maximum(row_max, tile_max)  # m
+                # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
+                origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
+                p = tl.exp2(logits - origin[:, None])  # m n
+                rescale = tl.exp2(row_max - origin)  # m
+                row_sum = row_sum * rescale + tl.sum(p, axis=1)
+                p = as_operand(p, v.dtype, PRECISION)
+                out = out * rescale[:, None] + tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
+                row_max = new_max
 
         store_tile(
             out_ptr + image * H * W * C, out * (1.0 / row_sum)[:, None], q_pixels * C, q_in_map, HEAD_DIM, BLOCK_D

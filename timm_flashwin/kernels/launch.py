@@ -59,7 +59,7 @@ def forward_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Set
         block = max(16, triton.next_power_of_2(window_area))
         # Small tokens leave shared memory to fetch the next windows ahead of time; wide ones would crowd out programs.
         stages = 3 if token_bytes <= 64 else 1
-        return Settings(block, block, num_warps=8 if token_bytes > 256 else 4, num_stages=stages, programs_per_sm=8)
+        return Settings(block, block, num_warps=8 if token_bytes > 256 else 4, num_stages=stages, programs_per_sm=4)
     # Narrow key tiles waste little of a window that is no power of two (144, 196); from 24x24 on wide ones win.
     block_n = 64 if window_area > 256 and token_bytes <= 128 else 32
     return Settings(32 if token_bytes > 256 else 64, block_n, num_warps=4, num_stages=1, programs_per_sm=8)
@@ -72,8 +72,9 @@ def backward_settings(window_area: int, head_dim: int, dtype: torch.dtype, devic
         block = max(16, triton.next_power_of_2(window_area))
         # Four warps keep four 64x64 float32 tiles in registers; wide tokens beside them need eight. Fetching ahead pays
         # where the tensor cores read from shared memory (wgmma); elsewhere its registers are spilled ones.
-        stages = 2 if token_bytes <= 64 and _target_arch(device) == 90 else 1
-        return Settings(block, block, num_warps=8 if token_bytes > 128 else 4, num_stages=stages, programs_per_sm=8)
+        stages = 3 if token_bytes <= 64 and _target_arch(device) == 90 else 1
+        # Two programs are what a multiprocessor holds of this kernel: one wave, each walking through its windows.
+        return Settings(block, block, num_warps=8 if token_bytes > 128 else 4, num_stages=stages, programs_per_sm=2)
     if token_bytes > 256:
         return Settings(32, 32, num_warps=4, num_stages=1, programs_per_sm=4)
     # Without wgmma both operands of a product take registers: a 64x64 tile would spill.
@@ -172,7 +173,7 @@ class Call(NamedTuple):
     def programs(self, programs_a_window: int, settings: Settings) -> int:
         """How many programs share the windows, where each window needs `programs_a_window` of them."""
         wanted = _multiprocessors(self.q.device) * settings.programs_per_sm
-        return max(1, min(self.num_windows, triton.cdiv(wanted, programs_a_window)))
+        return max(1, min(self.num_windows, wanted // programs_a_window))
 
     @property
     def acc_dtype(self) -> torch.dtype:
