@@ -1,6 +1,6 @@
 """Time whole Swin models, stock and flashwin, inference and training; check every provider before its time counts.
 
-    python scripts/benchmark_model.py [--models swin_base_patch4_window7_224:128:train] [--providers timm_eager ...]
+    python scripts/benchmark_model.py [--cases swin_base_patch4_window7_224:128:train] [--providers timm_eager ...]
 
 Inference ("bf16"): weights and images in bfloat16, under inference_mode. Training ("amp_bf16"): float32 weights and
 images, autocast to bfloat16, cross entropy, AdamW (fused); stochastic depth as the model has it by default. Rows go to
@@ -69,7 +69,7 @@ PROVIDERS = (
     "flashwin_compile",
     "flashwin_cudagraph",
 )
-DEFAULT_MODELS = (
+DEFAULT_CASES = (
     "swin_tiny_patch4_window7_224:256:infer",
     "swin_base_patch4_window7_224:128:infer",
     "swin_base_patch4_window7_224:1:infer",
@@ -475,11 +475,11 @@ def comparison(rows: list[dict]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--models",
+        "--cases",
         nargs="+",
-        default=list(DEFAULT_MODELS),
+        default=list(DEFAULT_CASES),
         metavar="MODEL:BATCH[:TASK]",
-        help=f"timm's names; the task is infer (default) or train; default: {' '.join(DEFAULT_MODELS)}",
+        help=f"timm's names; the task is infer (default) or train; default: {' '.join(DEFAULT_CASES)}",
     )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="PROVIDER")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default 20)")
@@ -491,7 +491,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--img-size", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
-        args.entries = [Entry.parse(text, args.img_size) for text in args.models]
+        args.entries = [Entry.parse(text, args.img_size) for text in args.cases]
     except ValueError as error:
         parser.error(str(error))
     return args
