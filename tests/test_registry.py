@@ -63,3 +63,10 @@ assert len(after) > len(before)
 timm_flashwin.register_all()
 """
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
+
+
+def test_a_created_model_has_the_kernels_under_it():
+    model = timm.create_model("swin_tiny_flashwin", img_size=32, embed_dim=32, num_heads=(1, 1, 1, 1))
+    blocks = [block for layer in model.layers for block in layer.blocks]
+    assert {type(block).__name__ for block in blocks} == {"FlashSwinTransformerBlock"}
+    assert {type(block.attn).__name__ for block in blocks} == {"FlashWindowAttention"}
