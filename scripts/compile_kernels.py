@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from timm_flashwin.kernels import launch
+from timm_flashwin.kernels import launch, needs_stats
 
 # Shared memory one block may use, in bytes: CUDA programming guide, "Technical Specifications per Compute Capability";
 # for gfx942 the 64 KiB LDS of a compute unit (AMD CDNA 3 ISA).
@@ -121,7 +121,7 @@ def _run(case: Case) -> None:
     pad = torch.zeros(3 * C, dtype=case.dtype)
     call = launch.Call(*qkv.unbind(3), bias, mask, pad, window_size, (case.shift, case.shift), 1.0)
     out = torch.zeros(*shape, C, dtype=case.dtype)
-    stats = torch.zeros(call.num_windows, num_heads, N, 2) if launch.needs_stats(N, case.head_dim, case.dtype) else None
+    stats = torch.zeros(call.num_windows, num_heads, N, 2) if needs_stats(N, case.head_dim, case.dtype) else None
     launch.launch_forward(call, out, stats)
     launch.launch_backward(call, out, out, stats, *qkv.unbind(3), need_dbias=True, need_dpad=True)
 

@@ -101,3 +101,12 @@ def test_subclasses_with_a_behaviour_of_their_own_are_left_alone(model):
     assert set(report.skipped) == {"layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.0.attn"}
     assert type(model.layers[0].blocks[0]) is Block
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_restore_refuses_modules_that_changed_their_class_since(model):
+    timm_flashwin.accelerate(model)
+    attention = model.layers[0].blocks[0].attn
+    attention.__class__ = type("Sharded", (type(attention),), {})
+    assert "layers.0.blocks.0.attn" in timm_flashwin.accelerate(model).already
+    with pytest.raises(ValueError, match="became Sharded after accelerate"):
+        timm_flashwin.restore(model)

@@ -213,8 +213,6 @@ def test_a_module_in_place_of_the_qkv_linear_tells_what_padding_becomes(ieee):
             self.linear = linear
             self.shift = torch.nn.Parameter(torch.randn(linear.out_features, device=linear.weight.device))
 
-        out_features = property(lambda self: self.linear.out_features)
-
         def forward(self, x):
             return self.linear(x) + self.shift
 
@@ -237,12 +235,12 @@ def test_attention_called_on_windows_as_timm_calls_it(ieee):
 
 
 def test_forward_hooks_on_blocks_attention_and_projections_fire():
-    _, flash = make_pair(**SMALL, depths=(2, 2, 2, 2))
+    _, flash = make_pair(**SMALL | dict(img_size=56), depths=(2, 2))
     accelerate(flash, impl="reference")
     block, seen = flash.layers[0].blocks[1], []
     for name in ("attn", "attn.qkv", "attn.proj", ""):
         block.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.append(name))
-    flash(torch.randn(1, 3, 64, 64, device=KERNEL_DEVICE))
+    flash(torch.randn(1, 3, 56, 56, device=KERNEL_DEVICE))
     assert seen == ["attn.qkv", "attn.proj", "attn", ""]
 
 
@@ -314,3 +312,49 @@ def test_full_size_model_computes_timms_float32_numbers(ieee):
     flash = copy.deepcopy(stock)
     timm_flashwin.accelerate(flash, impl="triton")
     compare(stock.eval(), flash.eval(), torch.randn(8, 3, 224, 224, device="cuda"))
+
+
+def test_a_hooked_qkv_linear_is_asked_what_padding_becomes(ieee):
+    stock, flash = make_pair(**SMALL | dict(img_size=(72, 40)), depths=(2, 2, 2, 2))
+    accelerate(flash, impl="reference")
+    for model in (stock, flash):
+        for block in (b for layer in model.layers for b in layer.blocks):
+            block.attn.qkv.register_forward_hook(lambda module, args, output: output * 2)
+    compare(stock.eval(), flash.eval(), torch.randn(1, 3, 72, 40, device=KERNEL_DEVICE))
+
+
+def test_hooks_on_the_attention_weights_fire():
+    _, flash = make_pair(**SMALL, depths=(2, 2, 2, 2))
+    accelerate(flash, impl="reference")
+    seen = []
+    flash.layers[0].blocks[1].attn.softmax.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    flash.eval()(torch.randn(1, 3, 64, 64, device=KERNEL_DEVICE))
+    assert seen == [(9, 1, 49, 49)]
+
+
+def test_dropout_switched_on_for_the_attention_weights_alone_drops():
+    stock, flash = make_pair(**SMALL, depths=(2, 2, 2, 2), attn_drop_rate=0.5)
+    x = torch.randn(1, 3, 64, 64, device=KERNEL_DEVICE)
+    outputs = []
+    for model in (stock.eval(), flash.eval()):
+        for block in (b for layer in model.layers for b in layer.blocks):
+            block.attn.attn_drop.train()
+        torch.manual_seed(1)
+        outputs.append(model(x))
+    assert torch.equal(*outputs)
+
+
+def test_another_attention_in_a_block_is_called_as_timm_calls_it():
+    stock, flash = make_pair(**SMALL, depths=(2, 2, 2, 2))
+    flash.layers[0].blocks[1].attn = copy.deepcopy(stock.layers[0].blocks[1].attn)
+    x = torch.randn(1, 3, 64, 64, device=KERNEL_DEVICE)
+    assert relative_error(flash.eval()(x), stock.eval()(x)) < 1e-4
+
+
+def test_fx_feature_extraction_traces_timms_code():
+    stock, flash = make_pair(**SMALL, depths=(2, 2, 2, 2))
+    x = torch.randn(1, 3, 64, 64, device=KERNEL_DEVICE)
+    features = [
+        timm.models.create_feature_extractor(m.eval(), ["layers.0", "layers.1"])(x).values() for m in (stock, flash)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*features, strict=True))

@@ -1,5 +1,9 @@
 """The operators are good citizens of PyTorch: schema, fake kernels, autograd and compile."""
 
+import importlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import GPU
@@ -66,3 +70,36 @@ def test_compiles_under_autocast(kernel_device):
     qkv = torch.randn(1, 8, 8, 3 * 32, device=kernel_device)
     out = torch.compile(function, fullgraph=True, backend="aot_eager")(qkv)
     assert out.dtype == torch.float16 and torch.equal(out, function(qkv))
+
+
+def test_compiles_where_sizes_become_dynamic(kernel_device):
+    def function(q, k, v):
+        return timm_flashwin.windowed_sdpa(q, k, v, impl="triton")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for B_, N in ((4, 16), (6, 25), (2, 9)):
+        qkv = [torch.randn(B_, 2, N, 16, device=kernel_device) for _ in range(3)]
+        torch.testing.assert_close(compiled(*qkv), function(*qkv))
+
+
+def test_both_switches_of_torch_choose_the_precision_of_float32():
+    launch = importlib.import_module("timm_flashwin.kernels.launch")
+    code = """
+import torch, timm_flashwin.kernels.launch as launch
+matmul = torch.backends.cuda.matmul
+if hasattr(matmul, "fp32_precision"):
+    matmul.fp32_precision = "tf32"
+    assert launch.dot_precision(torch.float32) == "tf32"
+    matmul.fp32_precision = "ieee"
+assert launch.dot_precision(torch.float32) == "ieee"
+assert launch.dot_precision(torch.bfloat16) == "ieee"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        assert launch.dot_precision(torch.float32) == "tf32"
+    finally:
+        matmul.allow_tf32 = before

@@ -74,8 +74,7 @@ def implementation(model: nn.Module) -> str:
     if not attentions:
         return f"timm's own {type(model).__name__} (names that end in {SUFFIX} use the kernels)"
     for attention in attentions:
-        head_dim = attention.qkv.out_features // (3 * attention.num_heads)
-        reason = fallback_reason(weight.device, weight.dtype, head_dim, attention.window_area)
+        reason = fallback_reason(weight.device, weight.dtype, attention.head_dim, attention.window_area)
         if reason is not None:
             return f"plain PyTorch: {reason}"
     return f"Triton kernels on {torch.cuda.get_device_name(weight.device)}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .geometry import to_pair
+from .kernels import needs_stats
 from .ops import autocast_dtype
 
 _logger = logging.getLogger("timm_flashwin")
@@ -94,7 +95,7 @@ def window_attention(
     scale = head_dim**-0.5 if scale is None else float(scale)
 
     if _use_kernels(impl, qkv, head_dim, window_area):
-        save_stats = _needs_grad(qkv, bias, pad_qkv) and _needs_stats(window_area, head_dim, _compute_dtype(qkv))
+        save_stats = _needs_grad(qkv, bias, pad_qkv) and needs_stats(window_area, head_dim, _compute_dtype(qkv))
         return torch.ops.timm_flashwin.window_attention(
             qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_stats
         )[0]
@@ -151,7 +152,7 @@ def windowed_sdpa(
     scale = head_dim**-0.5 if scale is None else float(scale)
 
     if _use_kernels(impl, q, head_dim, N):
-        save_stats = _needs_grad(q, k, v, bias) and _needs_stats(N, head_dim, _compute_dtype(q))
+        save_stats = _needs_grad(q, k, v, bias) and needs_stats(N, head_dim, _compute_dtype(q))
         return torch.ops.timm_flashwin.windowed_sdpa(q, k, v, bias, mask, scale, save_stats)[0]
     (q, k, v), context = _under_autocast(q, k, v)
     with context:
@@ -205,7 +206,6 @@ def _use_kernels(impl: str, x: Tensor, head_dim: int, window_area: int) -> bool:
     return False
 
 
-@_constant
 def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int, window_area: int) -> str | None:
     """Why `impl="auto"` takes plain PyTorch for such a call, in words for the user; None where it takes the kernels."""
     if device.type == "cpu":  # Triton's interpreter, which impl="triton" may use, is for tests
@@ -213,9 +213,18 @@ def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int, win
     return _refusal(device, dtype, head_dim, window_area)
 
 
-@_constant
 def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int, window_area: int) -> str | None:
     """Why the kernels cannot serve such a call; None where they can."""
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {head_dim}"
+    if window_area > MAX_WINDOW_AREA:
+        return f"the kernels take windows of up to {MAX_WINDOW_AREA} tokens, not {window_area}"
+    return _device_refusal(device, dtype)
+
+
+@_constant
+def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on such tensors, whatever their sizes; None where they can."""
     error = _import_error()
     if error is not None:
         return f"Triton cannot be used ({error})"
@@ -232,10 +241,6 @@ def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int, window_are
         return "Triton's interpreter computes bfloat16 products wrongly"
     if dtype not in _KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
-        return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {head_dim}"
-    if window_area > MAX_WINDOW_AREA:
-        return f"the kernels take windows of up to {MAX_WINDOW_AREA} tokens, not {window_area}"
     return None
 
 
@@ -244,12 +249,6 @@ def log_fallback(reason: str, device_type: str) -> None:
     """Log, once per reason, that plain PyTorch runs: news on a GPU, a matter of course elsewhere."""
     level = logging.WARNING if device_type == "cuda" else logging.INFO
     _logger.log(level, "window attention runs in plain PyTorch: %s", reason)
-
-
-@_constant
-def _needs_stats(window_area: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the backward will need the forward's softmax statistics."""
-    return _kernels().needs_stats(window_area, head_dim, dtype)
 
 
 @functools.cache

@@ -162,8 +162,9 @@ _implement(
 
 
 def _windows_call(q, k, v, bias, mask, scale):
-    N = q.shape[2]
-    if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
+    num_heads, N = q.shape[1:3]
+    far_heads = num_heads * q.stride(1) >= 2**31  # a kernel steps from head to head in 32 bits
+    if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1 or far_heads:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     q, k, v = (t.transpose(1, 2).unsqueeze(2) for t in (q, k, v))  # B_, N, 1, num_heads, head_dim
     return _launch().Call(q, k, v, bias, mask, None, (N, 1), (0, 0), scale)

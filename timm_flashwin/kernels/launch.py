@@ -11,14 +11,12 @@ import triton
 import triton.language as tl
 
 from ..geometry import num_windows, shift_cut
+from . import ONE_TILE_AREA, needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
 from .forward import forward_kernel
 
 # TRITON_INTERPRET=1 was set when the kernels were defined: they run in Triton's interpreter, on CPU tensors.
 INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
-
-ONE_TILE_AREA = 64  # a window of up to this many tokens is one tile
-ONE_TILE_TOKEN_BYTES = 256  # wider tokens (float32 at head_dim > 64) would take more shared memory than an sm_86 has
 
 
 class Settings(NamedTuple):
@@ -35,11 +33,6 @@ class Settings(NamedTuple):
         return dict(
             BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages
         )  # fmt: skip
-
-
-def needs_stats(window_area: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the backward of such a window takes several kernels, which start from the forward's `stats` and `out`."""
-    return window_area > ONE_TILE_AREA or _token_bytes(head_dim, dtype) > ONE_TILE_TOKEN_BYTES
 
 
 def block_d(head_dim: int) -> int:
@@ -166,7 +159,7 @@ class Call(NamedTuple):
             HEAD_DIM=head_dim, WINDOW_H=self.window_size[0], WINDOW_W=self.window_size[1], BLOCK_D=block_d(head_dim),
             HAS_BIAS=self.bias is not None, HAS_MASK=self.mask is not None, HAS_PAD=self.has_pad,
             IS_SHIFTED=any(self.shift_size),
-            ACC=tl.float64 if self.q.dtype == torch.float64 else tl.float32, PRECISION=dot_precision(),
+            ACC=tl.float64 if self.q.dtype == torch.float64 else tl.float32, PRECISION=dot_precision(self.q.dtype),
             OFFSET=tl.int32 if image_extent < 2**31 else tl.int64,
         )  # fmt: skip
 
@@ -185,9 +178,15 @@ class Call(NamedTuple):
         return self.q.new_empty(shape, dtype=self.acc_dtype) if needed else self.q
 
 
-def dot_precision() -> str:
+def dot_precision(dtype: torch.dtype) -> str:
     """float32 products follow torch's switch for CUDA matmuls; other dtypes do not look at it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    try:
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # the newer of torch's two switches was used, which forbids reading the older
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> None:

@@ -62,7 +62,7 @@ def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
                 continue
             module.__class__ = _FLASH_OF[stock]
             report.replaced[name] = type(module).__name__
-        elif stock in _TIMM_OF:
+        elif isinstance(module, tuple(_TIMM_OF)):
             report.already[name] = stock.__name__
         elif isinstance(module, tuple(_FLASH_OF)):
             report.skipped[name] = f"{stock.__name__} is a subclass of timm's with a behaviour of its own"
@@ -82,11 +82,15 @@ def restore(model: nn.Module) -> None:
     """Undo `accelerate`, in place: every module is of timm's class again, and holds what it held.
 
     Raises:
-        ValueError: There is nothing to restore.
+        ValueError: There is nothing to restore, or a module changed its class since (as sharding and parametrizations
+            make it), so that this has to be undone first.
     """
-    accelerated = [module for module in model.modules() if type(module) in _TIMM_OF]
+    accelerated = [module for module in model.modules() if isinstance(module, tuple(_TIMM_OF))]
     if not accelerated:
         raise ValueError(f"{type(model).__name__} holds no accelerated module to restore")
+    changed = {type(module).__name__ for module in accelerated} - {flash.__name__ for flash in _TIMM_OF}
+    if changed:
+        raise ValueError(f"modules became {', '.join(sorted(changed))} after accelerate(); undo that before restore()")
     for module in accelerated:
         module.__dict__.pop("impl", None)
         module.__class__ = _TIMM_OF[type(module)]

@@ -17,27 +17,43 @@ class FlashWindowAttention(WindowAttention):
 
     impl = "auto"  # as in functional.window_attention; an instance may hold its own
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head; from the scale, because an adapter in a Linear's place need not tell its size."""
+        return round(self.scale**-2)
+
     def fallback(self, x: torch.Tensor) -> bool:
         """Whether timm's own code has to serve `x`, the input of the qkv projection. The reason is logged once.
 
         Raises:
             ValueError: It has to, and `impl="triton"` forbids it.
         """
-        if is_exportable() or is_scriptable():
-            reason = "timm.layers.is_exportable() or is_scriptable() asks for it"
-        elif self.training and self.attn_drop.p > 0.0:
-            reason = "attention dropout is on (attn_drop_rate > 0 in training), which the kernels do not have"
-        elif self.impl == "auto":
-            head_dim = self.qkv.out_features // (3 * self.num_heads)
-            reason = fallback_reason(x.device, x.dtype, head_dim, self.window_area)
-        else:
-            reason = None  # what else impl="triton" cannot do, it says itself
+        reason = self._fallback_reason(x)
         if reason is None:
             return False
         if self.impl == "triton":
             raise ValueError(f'impl="triton" cannot run here: {reason}; use impl="auto"')
-        log_fallback(reason, x.device.type)
+        log_fallback(reason, "fx" if isinstance(x, torch.fx.Proxy) else x.device.type)
         return True
+
+    def _fallback_reason(self, x: torch.Tensor) -> str | None:
+        if isinstance(x, torch.fx.Proxy):
+            return "torch.fx traces timm's code"
+        if is_exportable() or is_scriptable():
+            return "timm.layers.is_exportable() or is_scriptable() asks for it"
+        if self._drops():
+            return "attention dropout is on (attn_drop_rate > 0 in training), which the kernels do not have"
+        if not self.fused_attn and (_is_hooked(self.softmax) or _is_hooked(self.attn_drop)):
+            return "a hook asks for the attention weights, which the kernels never hold"
+        if self.impl != "auto":
+            return None  # what else impl="triton" cannot do, it says itself
+        return fallback_reason(x.device, x.dtype, self.head_dim, self.window_area)
+
+    def _drops(self) -> bool:
+        """Whether timm's code would drop attention weights; its SDPA branch goes by the attention's mode."""
+        if isinstance(self.attn_drop, nn.Dropout):
+            return self.attn_drop.p > 0.0 and (self.training if self.fused_attn else self.attn_drop.training)
+        return not isinstance(self.attn_drop, nn.Identity)
 
     def forward(
         self,
@@ -82,14 +98,21 @@ class FlashWindowAttention(WindowAttention):
         _, H, W, C = x.shape
         if H % self.window_size[0] == 0 and W % self.window_size[1] == 0:
             return None
-        # A module that took the Linear's place (an adapter, a quantised one) tells by itself what it makes of zeros.
-        return self.qkv.bias if isinstance(self.qkv, nn.Linear) else self.qkv(x.new_zeros(C))
+        if type(self.qkv) is nn.Linear and not _is_hooked(self.qkv):
+            return self.qkv.bias
+        # Adapted, quantised, sharded or hooked: the module tells by itself what it makes of zeros.
+        return self.qkv(x.new_zeros(1, 1, 1, C)).flatten()
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class FlashSwinTransformerBlock(SwinTransformerBlock):
     """timm's `SwinTransformerBlock` without the roll, the padding, the partition and the mask tensor."""
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
-        if self.attn.fallback(x):
+        # What somebody put in the attention's place, timm's own class included, is called as timm calls it.
+        if not hasattr(self.attn, "fallback") or self.attn.fallback(x):
             return super()._attn(x)
         return self.attn(x, shift_size=self.shift_size)
