@@ -9,6 +9,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from .geometry import num_windows
+
 _GEOMETRY = "int num_heads, int[2] window_size, int[2] shift_size, float scale"
 _library = torch.library.Library("timm_flashwin", "DEF")
 _library.define(
@@ -89,9 +91,9 @@ def _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_siz
     out = qkv.new_empty(B, H, W, three_c // 3)
     if not save_stats:
         return out, _none(qkv)
-    Wh, Ww = window_size
-    windows = B * (-(-H // Wh)) * (-(-W // Ww))
-    return out, qkv.new_empty(windows, num_heads, Wh * Ww, 2, dtype=_acc_dtype(qkv))
+    rows, cols = num_windows((H, W), window_size)
+    window_area = window_size[0] * window_size[1]
+    return out, qkv.new_empty(B * rows * cols, num_heads, window_area, 2, dtype=_acc_dtype(qkv))
 
 
 def _window_attention_setup_context(ctx, inputs, output):
