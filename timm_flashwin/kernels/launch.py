@@ -45,14 +45,18 @@ def _token_bytes(head_dim: int, dtype: torch.dtype) -> int:
     return block_d(head_dim) * dtype.itemsize
 
 
-def forward_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Settings:
+def forward_settings(window_area: int, head_dim: int, dtype: torch.dtype, is_shifted: bool) -> Settings:
     """Settings of `forward_kernel`."""
     token_bytes = _token_bytes(head_dim, dtype)
     if window_area <= ONE_TILE_AREA:
         block = max(16, triton.next_power_of_2(window_area))
         # Small tokens leave shared memory to fetch the next windows ahead of time; wide ones would crowd out programs.
         stages = 3 if token_bytes <= 64 else 1
-        return Settings(block, block, num_warps=8 if token_bytes > 256 else 4, num_stages=stages, programs_per_sm=4)
+        # As many programs as a multiprocessor holds at once, so that all are one wave: the mask's registers cost one.
+        programs = 3 if is_shifted else 4
+        return Settings(
+            block, block, num_warps=8 if token_bytes > 256 else 4, num_stages=stages, programs_per_sm=programs
+        )  # fmt: skip
     # Narrow key tiles waste little of a window that is no power of two (144, 196); from 24x24 on wide ones win.
     block_n = 64 if window_area > 256 and token_bytes <= 128 else 32
     return Settings(32 if token_bytes > 256 else 64, block_n, num_warps=4, num_stages=1, programs_per_sm=8)
@@ -191,7 +195,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> None:
     """Fill `out`, a contiguous map [B, H, W, num_heads * head_dim], and, if given, `stats` [B*nW, num_heads, N, 2]."""
-    settings = forward_settings(call.window_area, call.q.shape[4], call.q.dtype)
+    settings = forward_settings(call.window_area, call.q.shape[4], call.q.dtype, any(call.shift_size))
     heads_and_tiles = call.q.shape[3] * triton.cdiv(call.window_area, settings.block_m)
     forward_kernel[(heads_and_tiles, call.programs(heads_and_tiles, settings))](
         **call.pointers(), out_ptr=out, stats_ptr=out if stats is None else stats, **call.scalars(), **call.constants(),
