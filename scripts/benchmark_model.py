@@ -20,18 +20,20 @@ optimiser state, inputs and activations, without what the others hold.
 
 Correctness: all providers load the same random weights, drawn so that the attention has a say in the result (with
 timm's initial weights a model without bias or mask passes any such test). Their logits must be within 2e-2 of those of
-timm_eager in float32, in relative L2: bfloat16 costs less than 1e-2, a lost bias or mask 6e-2 or more. In inference the
-logits are those of the timed call itself. In training the check runs in eval mode, since stochastic depth has no
-reference, and what is not compiled must also have the gradients of all relative position biases, which see every
-attention of the model, within 0.1: bfloat16 costs 0.03, a lost mask 0.5 or more. For compiled models that would take a
-second compilation of the backward; `benchmark_op.py` checks the gradients of the compiled operator. What fails is
-reported, not timed and not written; the exit status is 1 if it was one of ours.
+timm_eager in float32, in relative L2: bfloat16 costs 1e-2 at most, a lost bias or mask 6e-2 or more, V2's logit
+scales lost to their initial value 4e-2 or more. In inference the logits are those of the timed call itself. In training
+the check runs in eval mode, since stochastic depth has no reference, and what is not compiled must also have the
+gradients of all relative position biases and logit scales, which see every attention of the model, within 0.1: bfloat16
+costs 0.03, a lost mask 0.5 or more. For compiled models that would take a second compilation of the backward;
+`benchmark_op.py` checks the gradients of the compiled operator. What fails is reported, not timed and not written; the
+exit status is 1 if it was one of ours.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import gc
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -74,8 +76,12 @@ DEFAULT_CASES = (
     "swin_base_patch4_window7_224:128:infer",
     "swin_base_patch4_window7_224:1:infer",
     "swin_base_patch4_window12_384:64:infer",
+    "swinv2_base_window16_256:64:infer",
+    "swinv2_base_window12to24_192to384:32:infer",
     "swin_base_patch4_window7_224:128:train",
     "swin_base_patch4_window12_384:32:train",
+    "swinv2_base_window16_256:64:train",
+    "swinv2_base_window12to24_192to384:16:train",
 )
 PRECISION = {"infer": "bf16", "train": "amp_bf16"}
 KEY = ("model", "batch", "task", "precision", "provider")
@@ -149,14 +155,22 @@ def draw_weights(entry: Entry) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters():
             if name.endswith("relative_position_bias_table"):
                 parameter.normal_(std=2.0)
+            elif name.endswith(("cpb_mlp.0.weight", "cpb_mlp.0.bias", "meta_mlp.fc1.weight", "meta_mlp.fc1.bias")):
+                parameter.normal_()
+            elif name.endswith(("cpb_mlp.2.weight", "meta_mlp.fc2.weight")):
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            elif name.endswith("logit_scale"):
+                parameter.normal_(mean=math.log(10.0), std=0.3)
             elif name.endswith("attn.qkv.weight"):
                 parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
-            elif name.endswith("attn.qkv.bias"):
+            elif name.endswith(("attn.qkv.bias", "attn.q_bias", "attn.v_bias")):
                 parameter.normal_(std=0.5)
             elif name.endswith("attn.proj.weight"):
                 parameter.normal_(std=2.0 * parameter.shape[1] ** -0.5)
             elif name.endswith(("norm1.weight", "norm2.weight")):
                 parameter.fill_(1.0)  # V2 starts from 0: its blocks would be the identity, with no gradient inside
+            elif name.endswith("head.fc.weight"):
+                parameter.normal_(std=0.02)  # as in V1 and V2; V2-CR starts from 0
     return model.state_dict()
 
 

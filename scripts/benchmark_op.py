@@ -3,17 +3,21 @@
     python scripts/benchmark_op.py [--cases w7 b32_96x96_c128_w12_s6] [--providers timm_eager flashwin]
 
 What is timed: from the qkv map [B, H, W, 3C] and the gathered bias [num_heads, N, N] (float32) to the output map
-[B, H, W, C]. Pass "fwd" is that, under no_grad; pass "fwd_bwd" adds the gradients of both inputs for a random `do`.
-Rows go to `results/<device>/op.jsonl`; a row of the same case, dtype, pass and provider is replaced, others stay.
+[B, H, W, C]. Cases named `_cos` are the cosine attention of the V2 family: they have a third input, logit_scale
+[num_heads] (float32), and every provider's normalisation of q and k is timed along. Pass "fwd" is that, under no_grad;
+pass "fwd_bwd" adds the gradients of all inputs for a random `do`. Rows go to `results/<device>/op.jsonl`; a row of the
+same case, dtype, pass and provider is replaced, others stay.
 
 Providers:
   copy_floor         a device copy of as many bytes as the operator must move: reads 3C, writes C a token. The backward
                      reads 4C and writes 3C, so the floor of fwd_bwd is 11/4 of it (`floor_ms`; no row of its own).
-  timm_eager         timm's block between its qkv and proj Linears, with timm's own functions and mask; softmax in
-                     float32, products in the dtype of the map, as under autocast.
-  timm_sdpa          the same through `scaled_dot_product_attention`, as in timm's fused branch.
+  timm_eager         timm's block between its qkv and proj Linears, with timm's own functions and mask; norms and
+                     softmax in float32, products in the dtype of the map, as under autocast.
+  timm_sdpa          the same through `scaled_dot_product_attention`, as in timm's fused branch. timm's V2 has none: in
+                     cosine cases SDPA takes the unit q, times the logit scale, and the unit k.
   timm_compile, timm_sdpa_compile    the two under torch.compile, default mode, static shapes.
-  flex_compile       `flex_attention`, bias and mask as a score_mod, compiled along with partition and rolls.
+  flex_compile       `flex_attention`, bias and mask as a score_mod, compiled along with partition and rolls; q and k
+                     of cosine cases as for timm_sdpa.
   flashwin           `timm_flashwin.window_attention` on the kernels; flashwin_compile: the same inside torch.compile.
 The mask of timm's is built beforehand, as it is a buffer in a model. timm rolls and partitions C channels ahead of its
 qkv Linear; between the maps of this benchmark there are 3C to roll. The eager providers pay for that more than in a
@@ -30,6 +34,7 @@ not timed and not written; the exit status is 1 if it was one of ours.
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,10 +78,12 @@ PASSES = ("fwd", "fwd_bwd")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Relative L2 error allowed: a few roundings of the dtype; float32 products may be TF32, with the mantissa of fp16.
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 2e-3}
+SCALE_GRAD_SLACK = 3  # dlogit_scale is one number a head, a sum over all pairs of tokens in which most cancels
 KEY = ("case", "dtype", "pass", "provider")
 BACKWARD_FLOOR = 11 / 4  # (4C + 7C) / 4C bytes
 
-Function = Callable[[Tensor, Tensor], Tensor]  # (qkv map, bias) -> output map
+Function = Callable[..., Tensor]  # (qkv map, bias; in cosine cases logit_scale) -> output map
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]  # (q, k, v, bias, logit_scale) -> out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +94,12 @@ class Case:
     C: int
     window: int
     shift: int
+    cosine: bool = False
 
     @property
     def name(self) -> str:
-        return f"b{self.B}_{self.H}x{self.W}_c{self.C}_w{self.window}_s{self.shift}"
+        suffix = "_cos" if self.cosine else ""
+        return f"b{self.B}_{self.H}x{self.W}_c{self.C}_w{self.window}_s{self.shift}{suffix}"
 
     @property
     def num_heads(self) -> int:
@@ -111,23 +120,26 @@ CASES = [
     Case(64, 64, 64, 128, 8, 4),  # windows of the V2 family
     Case(64, 64, 64, 128, 16, 8),
     Case(16, 96, 96, 128, 24, 12),
+    Case(64, 64, 64, 128, 8, 4, cosine=True),  # and its attention
+    Case(64, 64, 64, 128, 16, 8, cosine=True),
+    Case(16, 96, 96, 128, 24, 12, cosine=True),
 ]
 
 
 # ---------------------------------------------------------------------------------------------------- providers
 
 
-def in_windows(case: Case, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Function:
-    """timm's way from map to windows and back around `attend(q, k, v, bias)`; the maps here need no padding."""
+def in_windows(case: Case, attend: Attend) -> Function:
+    """timm's way from map to windows and back around `attend`; the maps here need no padding."""
     window, shift = (case.window, case.window), (case.shift, case.shift)
 
-    def forward(qkv: Tensor, bias: Tensor) -> Tensor:
+    def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None = None) -> Tensor:
         if case.shift:
             qkv = torch.roll(qkv, shifts=(-case.shift, -case.shift), dims=(1, 2))
         windows = window_partition(qkv, window).view(-1, case.N, 3 * case.C)  # B*nW, N, 3C
         windows = windows.reshape(-1, case.N, 3, case.num_heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
         q, k, v = windows.unbind(0)  # B*nW, num_heads, N, head_dim
-        out = attend(q, k, v, bias).transpose(1, 2).reshape(-1, case.window, case.window, case.C)
+        out = attend(q, k, v, bias, logit_scale).transpose(1, 2).reshape(-1, case.window, case.window, case.C)
         out = window_reverse(out, window, case.H, case.W)  # B, H, W, C
         return torch.roll(out, shifts=shift, dims=(1, 2)) if case.shift else out
 
@@ -142,12 +154,32 @@ def timm_mask(case: Case, device: torch.device) -> Tensor | None:
     return block.attn_mask
 
 
+def unit(x: Tensor) -> Tensor:
+    """Each head's vector over its norm: taken in float32, handed to the product in the dtype of `x`, as by autocast."""
+    return F.normalize(x.float(), dim=-1).to(x.dtype)
+
+
+def factor_of(logit_scale: Tensor) -> Tensor:
+    """What timm's V2 multiplies cosines by: [num_heads, 1, 1]."""
+    return logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()[:, None, None]
+
+
+def scaled_q_and_k(q: Tensor, k: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    """(q, k, scale) as a fused attention that knows no cosines takes them: the factor of each head goes into q."""
+    if logit_scale is None:
+        return q, k, HEAD_DIM**-0.5
+    return (F.normalize(q.float(), dim=-1) * factor_of(logit_scale)).to(q.dtype), unit(k), 1.0
+
+
 def timm_eager(case: Case, device: torch.device) -> Function:
-    """timm's `WindowAttention.forward` without the two Linears, plain branch."""
+    """timm's `WindowAttention.forward` without the two Linears: of V1, plain branch, or in cosine cases of V2."""
     mask, scale = timm_mask(case, device), HEAD_DIM**-0.5
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        attn = (q * scale) @ k.transpose(-2, -1)
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+        if logit_scale is None:
+            attn = (q * scale) @ k.transpose(-2, -1)
+        else:
+            attn = (unit(q) @ unit(k).transpose(-2, -1)) * factor_of(logit_scale)
         attn = attn + bias.unsqueeze(0)  # float32 from here, as in autocast: the bias is
         if mask is not None:
             attn = attn.view(-1, mask.shape[0], case.num_heads, case.N, case.N) + mask.unsqueeze(1).unsqueeze(0)
@@ -158,10 +190,11 @@ def timm_eager(case: Case, device: torch.device) -> Function:
 
 
 def timm_sdpa(case: Case, device: torch.device) -> Function:
-    """timm's `WindowAttention.forward` without the two Linears, fused branch."""
+    """timm's `WindowAttention.forward` of V1 without the two Linears, fused branch."""
     mask = timm_mask(case, device)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+        q, k, scale = scaled_q_and_k(q, k, logit_scale)
         attn_mask = bias.unsqueeze(0)
         if mask is not None:
             num_win = mask.shape[0]
@@ -169,7 +202,7 @@ def timm_sdpa(case: Case, device: torch.device) -> Function:
             expanded = mask.view(1, num_win, 1, case.N, case.N).expand(shape)
             attn_mask = attn_mask + expanded.reshape(-1, case.num_heads, case.N, case.N)
         # The cast is autocast's: without it q and the mask would differ in dtype.
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask.to(q.dtype))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask.to(q.dtype), scale=scale)
 
     return in_windows(case, attend)
 
@@ -181,7 +214,9 @@ def flex(case: Case, device: torch.device) -> Function:
     regions = geometry.window_partition(regions, window).squeeze(-1)  # nW, N
     num_win = regions.shape[0]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+        q, k, scale = scaled_q_and_k(q, k, logit_scale)
+
         def score_mod(score, b, h, q_idx, kv_idx):
             score = score + bias[h, q_idx, kv_idx]
             if case.shift:
@@ -189,7 +224,7 @@ def flex(case: Case, device: torch.device) -> Function:
                 score = torch.where(same, score, score + geometry.MASK_VALUE)
             return score
 
-        return flex_attention(q, k, v, score_mod=score_mod)
+        return flex_attention(q, k, v, score_mod=score_mod, scale=scale)
 
     return in_windows(case, attend)
 
@@ -198,8 +233,10 @@ def flashwin(case: Case, device: torch.device) -> Function:
     """Ours. On a GPU the kernels or an error: never the fallback under the kernels' name."""
     impl = "triton" if device.type == "cuda" else "auto"
 
-    def forward(qkv: Tensor, bias: Tensor) -> Tensor:
-        return window_attention(qkv, case.num_heads, case.window, case.shift, bias, impl=impl)
+    def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None = None) -> Tensor:
+        return window_attention(
+            qkv, case.num_heads, case.window, case.shift, bias, logit_scale=logit_scale, impl=impl
+        )  # fmt: skip
 
     return forward
 
@@ -233,8 +270,11 @@ class Workload:
         self.qkv = torch.randn(case.B, case.H, case.W, 3 * case.C, **like).to(self.dtype)
         self.bias = torch.randn(case.num_heads, case.N, case.N, **like)
         self.do = torch.randn(case.B, case.H, case.W, case.C, **like).to(self.dtype)
-        self.qkv.requires_grad_(self.backward)
-        self.bias.requires_grad_(self.backward)
+        self.inputs = [self.qkv, self.bias]
+        if case.cosine:  # around timm's initial value
+            self.inputs.append(math.log(10.0) + 0.3 * torch.randn(case.num_heads, **like))
+        for x in self.inputs:
+            x.requires_grad_(self.backward)
         # The first images and the last: an index that overflows does so at the end.
         self.checked = sorted({i % case.B for i in (0, 1, case.B - 2, case.B - 1)})
         self._expected = None
@@ -244,21 +284,23 @@ class Workload:
         return f"{self.case.name} {self.dtype_name} {self.pass_name}"
 
     def run(self, function: Function, do: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What is timed: (out,) in pass "fwd", (out, dqkv, dbias) in pass "fwd_bwd"."""
+        """What is timed: (out,) in pass "fwd", out and the gradients of `inputs` in pass "fwd_bwd"."""
         if not self.backward:
             with torch.no_grad():
-                return (function(self.qkv, self.bias),)
-        out = function(self.qkv, self.bias)
-        return out, *torch.autograd.grad(out, [self.qkv, self.bias], self.do if do is None else do)
+                return (function(*self.inputs),)
+        out = function(*self.inputs)
+        return out, *torch.autograd.grad(out, self.inputs, self.do if do is None else do)
 
     def expected(self) -> tuple[Tensor, ...]:
-        """out, dqkv and dbias of the checked images in float64, from the same rounded inputs; made once."""
+        """What `run` returns, of the checked images in float64, from the same rounded inputs; made once."""
         if self._expected is None:
             window, shift = (self.case.window,) * 2, (self.case.shift,) * 2
-            qkv = self.qkv.detach()[self.checked].double().requires_grad_(self.backward)
-            bias = self.bias.detach().double().requires_grad_(self.backward)
-            out = reference.window_attention(qkv, self.case.num_heads, window, shift, bias, None, HEAD_DIM**-0.5)
-            grads = torch.autograd.grad(out, [qkv, bias], self.do[self.checked].double()) if self.backward else ()
+            rounded = [self.qkv.detach()[self.checked], *(x.detach() for x in self.inputs[1:])]
+            inputs = [x.double().requires_grad_(self.backward) for x in rounded]
+            qkv, bias, logit_scale = inputs if self.case.cosine else (*inputs, None)
+            scale = None if self.case.cosine else HEAD_DIM**-0.5
+            out = reference.window_attention(qkv, self.case.num_heads, window, shift, bias, None, scale, logit_scale)
+            grads = torch.autograd.grad(out, inputs, self.do[self.checked].double()) if self.backward else ()
             self._expected = (out.detach(), *grads)
         return self._expected
 
@@ -271,9 +313,9 @@ class Workload:
         self._poison()
         actual = self.run(function, do)
         errors = {}
-        for name, got, want in zip(("out", "dqkv", "dbias"), actual, expected, strict=False):
+        for name, got, want in zip(("out", "dqkv", "dbias", "dlogit_scale"), actual, expected, strict=False):
             finite = bool(torch.isfinite(got).all())
-            got = got if name == "dbias" else got[self.checked]
+            got = got[self.checked] if name in ("out", "dqkv") else got
             errors[name] = relative_error(got, want) if finite else float("inf")
         return errors
 
@@ -297,8 +339,13 @@ def prepare(work: Workload, provider: str, progress: Progress) -> Callable[[], o
         progress.say(f"{work.name}  {provider}: FAILED, {short_reason(error)}")
         return None
     measured = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    if not all(error < TOLERANCE[work.dtype_name] for error in errors.values()):
-        progress.say(f"{work.name}  {provider}: WRONG, {measured}; allowed is {TOLERANCE[work.dtype_name]:.0e}")
+    allowed = TOLERANCE[work.dtype_name]
+    slack = {"dlogit_scale": SCALE_GRAD_SLACK}
+    if not all(error < allowed * slack.get(name, 1) for name, error in errors.items()):
+        progress.say(
+            f"{work.name}  {provider}: WRONG, {measured}; allowed is {allowed:.0e}, {SCALE_GRAD_SLACK} times that for "
+            "dlogit_scale"
+        )
         return None
     progress.say(f"{work.name}  {provider}: correct, {measured}")
     return lambda: work.run(function)
@@ -325,7 +372,7 @@ def make_rows(work: Workload, timings: dict[str, Timing], common: dict) -> list[
         if provider == "copy_floor" and work.backward:
             continue
         case = {"case": work.case.name, **dataclasses.asdict(work.case), "num_heads": work.case.num_heads}
-        case = {k: case[k] for k in ("case", "B", "H", "W", "C", "num_heads", "window", "shift")}
+        case = {k: case[k] for k in ("case", "B", "H", "W", "C", "num_heads", "window", "shift", "cosine")}
         what = {"dtype": work.dtype_name, "pass": work.pass_name, "provider": provider}
         times = {k: round(v, 5) for k, v in {**timing._asdict(), "floor_ms": floor_ms}.items()}
         rows.append(case | what | times | common)
@@ -359,11 +406,18 @@ def summary(rows: list[dict], providers: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------------- command
 
 
+def is_meant(case: Case, text: str) -> bool:
+    """Whether `text` names `case`: as a part of its name, but as a whole name that case alone."""
+    return text == case.name if text in (each.name for each in CASES) else text in case.name
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="cases: " + ", ".join(case.name for case in CASES)
     )
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="names, or parts of names; all by default")
+    parser.add_argument(
+        "--cases", nargs="+", default=[""], metavar="NAME", help="names, or parts of names; all by default"
+    )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="PROVIDER")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"])
@@ -374,13 +428,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     # For trying the script: a case small enough for a CPU.
     parser.add_argument("--shape", nargs=6, type=int, action="append", help=argparse.SUPPRESS)
+    parser.add_argument("--cosine", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
 
     if args.shape:
-        args.selected = [Case(*shape) for shape in args.shape]
+        args.selected = [Case(*shape, cosine=args.cosine) for shape in args.shape]
     else:
-        wanted = args.cases or [""]
-        args.selected = [case for case in CASES if any(name in case.name for name in wanted)]
+        args.selected = [case for case in CASES if any(is_meant(case, text) for text in args.cases)]
     if not args.selected:
         parser.error(f"no case's name holds any of {', '.join(args.cases)}; {parser.epilog}")
     for case in args.selected:

@@ -3,8 +3,8 @@
     python scripts/compile_kernels.py [--targets sm_90 gfx942] [--cases w7 w24] [--all-dtypes]
 
 The launch functions themselves run, on small CPU tensors: what is compiled here is what a user of that GPU gets. Only
-the last step, the launch, is left out. In the standard cases (windows 7 to 24, head_dim 32, float16 and bfloat16) a
-register spill or more shared memory than the target has makes the script fail.
+the last step, the launch, is left out. In the standard cases (windows 7 to 24, head_dim 32, float16 and bfloat16, the
+cosine attention among them) a register spill or more shared memory than the target has makes the script fail.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from timm_flashwin.kernels import launch, needs_stats
+from timm_flashwin.kernels import launch, needs_stats, relative_position
 
 # Shared memory one block may use, in bytes: CUDA programming guide, "Technical Specifications per Compute Capability";
 # for gfx942 the 64 KiB LDS of a compute unit (AMD CDNA 3 ISA).
@@ -44,6 +44,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     padded: bool = False
     explicit_mask: bool = False
+    cosine: bool = False
     standard: bool = False  # a spill fails the check
 
 
@@ -54,6 +55,8 @@ def make_cases() -> dict[str, Case]:
         short = str(dtype).removeprefix("torch.").replace("float", "f")
         for window in (7, 8, 12, 14, 16, 24):
             cases[f"w{window}-{short}"] = Case(window, window // 2, 32, dtype, standard=True)
+        for window in (8, 12, 16, 24):
+            cases[f"w{window}-cos-{short}"] = Case(window, window // 2, 32, dtype, cosine=True, standard=True)
         cases[f"w7-unshifted-{short}"] = Case(7, 0, 32, dtype, standard=True)
     for window in (7, 12):
         cases[f"w{window}-padded-bf16"] = Case(window, window // 2, 32, torch.bfloat16, padded=True)
@@ -108,7 +111,7 @@ def _resources(compiled, target: GPUTarget) -> tuple[int, int]:
 
 
 def _run(case: Case) -> None:
-    """Forward and backward of one case through the launch functions."""
+    """Forward and backward of one case, and the gather of its bias, through the launch functions."""
     num_heads, B = 4, 2
     size = 2 * case.window + (1 if case.padded else 0)
     window_size, shape = (case.window, case.window), (B, size, size)
@@ -119,11 +122,17 @@ def _run(case: Case) -> None:
     bias = torch.zeros(num_heads, N, N)
     mask = torch.zeros(1, N, N) if case.explicit_mask else None
     pad = torch.zeros(3 * C, dtype=case.dtype)
-    call = launch.Call(*qkv.unbind(3), bias, mask, pad, window_size, (case.shift, case.shift), 1.0)
+    logit_scale = torch.zeros(num_heads) if case.cosine else None
+    call = launch.Call(*qkv.unbind(3), bias, mask, pad, logit_scale, window_size, (case.shift, case.shift), 1.0)
     out = torch.zeros(*shape, C, dtype=case.dtype)
     stats = torch.zeros(call.num_windows, num_heads, N, 2) if needs_stats(N, case.head_dim, case.dtype) else None
     launch.launch_forward(call, out, stats)
-    launch.launch_backward(call, out, out, stats, *qkv.unbind(3), need_dbias=True, need_dpad=True)
+    needed = dict(need_dbias=True, need_dpad=True, need_dlogit_scale=case.cosine)
+    launch.launch_backward(call, out, out, stats, *qkv.unbind(3), **needed)
+    table = torch.zeros((2 * case.window - 1) ** 2, num_heads, dtype=case.dtype)
+    bias = torch.zeros(num_heads, N, N, dtype=case.dtype)
+    relative_position.launch_relative_position_bias(table, bias, (case.window, case.window))
+    relative_position.launch_relative_position_bias_backward(bias, table, (case.window, case.window))
 
 
 def compile_case(target_name: str, name: str) -> list[Row]:
@@ -163,14 +172,14 @@ def main() -> int:
     jobs = [(target, name) for target in args.targets for name in cases]
 
     print(f"triton {triton.__version__}, {len(cases)} cases for {', '.join(args.targets)}")
-    print(f"{'target':8}{'case':20}{'kernel':24}{'registers':>10}{'spills':>8}{'shared':>8}")
+    print(f"{'target':8}{'case':20}{'kernel':40}{'registers':>10}{'spills':>8}{'shared':>8}")
     failed = 0
     with ProcessPoolExecutor(args.jobs) as pool:
         for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
             for row in rows:
                 failed += bool(row.problem)
                 print(
-                    f"{row.target:8}{row.case:20}{row.kernel:24}{row.registers:10}{row.spills:8}{row.shared:8}"
+                    f"{row.target:8}{row.case:20}{row.kernel:40}{row.registers:10}{row.spills:8}{row.shared:8}"
                     f"  {row.problem}",
                     flush=True,
                 )

@@ -1,7 +1,7 @@
 """Who judges: float64 of the same rounded inputs, with timm's own error in the same dtype beside ours."""
 
 import torch
-from timm.models import swin_transformer
+from timm.models import swin_transformer, swin_transformer_v2_cr
 from torch import nn
 
 from timm_flashwin import geometry
@@ -34,23 +34,41 @@ def assert_as_exact_as_timm(name: str, ours: torch.Tensor, timms: torch.Tensor, 
     )
 
 
-def timm_window_attention(qkv, num_heads, window_size, shift_size, bias, pad_qkv):
+class Projected(nn.Module):
+    """In the place of a qkv projection whose result is known."""
+
+    def __init__(self, qkv):
+        super().__init__()
+        self.result = qkv
+
+    def forward(self, x):
+        return self.result
+
+
+def timm_window_attention(qkv, num_heads, window_size, shift_size, bias, pad_qkv, logit_scale=None):
     """window_attention by timm's own code: its partition, its WindowAttention (projections taken out), its reverse;
-    half precision as under autocast."""
+    half precision as under autocast. With a logit_scale the attention is V2-CR's, whose bias can be given."""
     B, H, W, three_c = qkv.shape
-    attention = swin_transformer.WindowAttention(three_c // 3, num_heads, window_size=window_size)
-    attention.fused_attn = False
-    attention.qkv = attention.proj = nn.Identity()
-    attention._get_rel_pos_bias = lambda: bias.unsqueeze(0)
+    if logit_scale is None:
+        attention = swin_transformer.WindowAttention(three_c // 3, num_heads, window_size=window_size)
+        attention.fused_attn = False
+        attention._get_rel_pos_bias = lambda: bias.unsqueeze(0)
+    else:
+        attention = swin_transformer_v2_cr.WindowMultiHeadAttention(three_c // 3, num_heads, window_size)
+        attention._relative_positional_encodings = lambda: bias.unsqueeze(0)
+        del attention.logit_scale
+        attention.logit_scale = logit_scale
+    attention.proj = nn.Identity()
 
     Hp, Wp = geometry.padded_size((H, W), window_size)
     x = torch.roll(qkv, shifts=(-shift_size[0], -shift_size[1]), dims=(1, 2))
     x = torch.cat([x, pad_qkv.to(x.dtype).expand(B, H, Wp - W, three_c)], dim=2)
     x = torch.cat([x, pad_qkv.to(x.dtype).expand(B, Hp - H, Wp, three_c)], dim=1)
     windows = swin_transformer.window_partition(x, window_size).flatten(1, 2)
+    attention.qkv = Projected(windows)
     half = qkv.dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(qkv.device.type, dtype=qkv.dtype if half else None, enabled=half):
-        out = attention(windows, mask=timm_mask((H, W), window_size, shift_size, qkv))
+        out = attention(windows[..., : three_c // 3], mask=timm_mask((H, W), window_size, shift_size, qkv))
     out = swin_transformer.window_reverse(out.unflatten(1, window_size), window_size, Hp, Wp)[:, :H, :W]
     return torch.roll(out, shifts=shift_size, dims=(1, 2)).to(qkv.dtype)
 

@@ -9,6 +9,12 @@ from torch import nn
 import timm_flashwin
 
 SMALL = dict(img_size=64, embed_dim=32, num_heads=(1, 2, 4, 8), depths=(2, 2, 2, 2), num_classes=7)
+# timm's name, and the classes of the twin's blocks and attentions
+FAMILIES = {
+    "V1": ("swin_tiny_patch4_window7_224", "FlashSwinTransformerBlock", "FlashWindowAttention"),
+    "V2": ("swinv2_tiny_window8_256", "FlashSwinTransformerV2Block", "FlashSwinV2WindowAttention"),
+    "V2-CR": ("swinv2_cr_tiny_224", "FlashSwinTransformerV2CrBlock", "FlashSwinV2CrWindowAttention"),
+}
 
 
 @pytest.fixture
@@ -16,22 +22,39 @@ def model():
     return timm.create_model("swin_tiny_patch4_window7_224", **SMALL)
 
 
-def test_accelerate_reports_every_replaced_module_by_name(model):
-    report = timm_flashwin.accelerate(model)
-    expected = {f"layers.{i}.blocks.{j}{part}" for i in range(4) for j in range(2) for part in ("", ".attn")}
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def any_model(family):
+    return timm.create_model(family[0], **SMALL)
+
+
+def stages_of(model):
+    return model.stages if hasattr(model, "stages") else model.layers
+
+
+def test_accelerate_reports_every_replaced_module_by_name(any_model, family):
+    _, block, attention = family
+    report = timm_flashwin.accelerate(any_model)
+    stages = "stages" if hasattr(any_model, "stages") else "layers"
+    expected = {f"{stages}.{i}.blocks.{j}{part}" for i in range(4) for j in range(2) for part in ("", ".attn")}
     assert set(report.replaced) == expected and not report.already and not report.skipped
-    assert report.replaced["layers.0.blocks.0"] == "FlashSwinTransformerBlock"
-    assert "layers.0.blocks.0.attn: FlashWindowAttention" in str(report)
-    assert set(timm_flashwin.accelerate(model).already) == expected
+    assert report.replaced[f"{stages}.0.blocks.0"] == block
+    assert f"{stages}.0.blocks.0.attn: {attention}" in str(report)
+    assert set(timm_flashwin.accelerate(any_model).already) == expected
 
 
-def test_accelerate_and_restore_leave_everything_else_untouched(model):
+def test_accelerate_and_restore_leave_everything_else_untouched(any_model):
+    model, stages = any_model, stages_of(any_model)
     model.train()
-    model.layers[1].eval()
+    stages[1].eval()
     model.set_grad_checkpointing()
     calls = []
-    model.layers[0].blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    model.layers[0].blocks[0].note = "mine"
+    stages[0].blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    stages[0].blocks[0].note = "mine"
 
     def snapshot():
         return {
@@ -52,17 +75,22 @@ def test_accelerate_and_restore_leave_everything_else_untouched(model):
     assert {name: id(t) for name, t in [*model.named_parameters(), *model.named_buffers()]} == tensors
 
 
-def test_a_restored_model_computes_timms_bits(model):
+def test_a_restored_model_computes_timms_bits(any_model):
+    model = any_model
     x = torch.randn(1, 3, 64, 64)
+    for stage in stages_of(model):
+        for block in stage.blocks:
+            nn.init.ones_(block.norm1.weight)  # V2 starts with 0
     expected = model.eval()(x)
     timm_flashwin.accelerate(model, impl="reference")
-    assert not torch.equal(model(x), expected)
+    torch.testing.assert_close(model(x), expected)
     timm_flashwin.restore(model)
     assert torch.equal(model(x), expected)
 
 
-def test_state_dicts_load_strictly_into_each_other(model):
-    flash = timm.create_model("swin_tiny_flashwin", **SMALL)
+def test_state_dicts_load_strictly_into_each_other(any_model, family):
+    model = any_model
+    flash = timm.create_model(family[0] + "_flashwin", **SMALL)
     flash.load_state_dict(model.state_dict(), strict=True)
     model.load_state_dict(flash.state_dict(), strict=True)
     copied = copy.deepcopy(model)
@@ -88,19 +116,24 @@ def test_nothing_to_replace_and_nothing_to_restore_raise(model):
         timm_flashwin.accelerate(model, impl="fast")
 
 
-def test_subclasses_with_a_behaviour_of_their_own_are_left_alone(model):
-    class Block(swin_transformer.SwinTransformerBlock):
-        pass
+def test_subclasses_with_a_behaviour_of_their_own_are_left_alone(any_model):
+    stages = stages_of(any_model)
+    own, with_own = stages[0].blocks[0], stages[1].blocks[0]
+    own.__class__ = type("Block", (type(own),), {})
+    with_own.attn.__class__ = type("Attention", (type(with_own.attn),), {})
+    report = timm_flashwin.accelerate(any_model)
+    names = {name for name, module in any_model.named_modules() if module in (own, with_own, with_own.attn)}
+    assert set(report.skipped) == names and len(names) == 3
+    assert type(own).__name__ == "Block" and type(with_own.attn).__name__ == "Attention"
+    assert any_model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
 
-    class Attention(swin_transformer.WindowAttention):
-        pass
 
-    model.layers[0].blocks[0].__class__ = Block
-    model.layers[1].blocks[0].attn.__class__ = Attention
-    report = timm_flashwin.accelerate(model)
-    assert set(report.skipped) == {"layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.0.attn"}
-    assert type(model.layers[0].blocks[0]) is Block
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+def test_a_model_of_several_families_is_accelerated_whole_and_restored():
+    models = nn.ModuleList(timm.create_model(name, **SMALL) for name, *_ in FAMILIES.values())
+    before = [type(module) for module in models.modules()]
+    assert len(timm_flashwin.accelerate(models).replaced) == 3 * 16
+    timm_flashwin.restore(models)
+    assert [type(module) for module in models.modules()] == before
 
 
 def test_restore_refuses_modules_that_changed_their_class_since(model):

@@ -5,11 +5,13 @@ import json
 import socket
 
 import pytest
+import timm
 import torch
 
 import timm_flashwin
 from timm_flashwin import demo
 from timm_flashwin.cli import main
+from timm_flashwin.models.registry import flashwin_names
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,14 @@ def test_demo_model_has_shifted_windows_and_more_than_one_window(checkpoint):
     shifted = [block for block in blocks if any(block.shift_size)]
     assert shifted and len(shifted) < len(blocks)
     assert all(block.input_resolution == (14, 14) and block.window_size == (7, 7) for block in shifted)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_flashwin", "swinv2_tiny_flashwin", "swinv2_cr_tiny_224_flashwin"])
+def test_every_family_is_told_from_timms_own(name):
+    small = dict(img_size=64, embed_dim=16, depths=(1, 1), num_heads=(1, 1))
+    assert "the tensors are on the CPU" in demo.implementation(timm.create_model(name, **small))
+    stock = timm.create_model(flashwin_names()[name], **small)
+    assert demo.implementation(stock).startswith("timm's own Swin")
 
 
 def test_weights_that_do_not_fit_are_refused(checkpoint):

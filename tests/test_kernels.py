@@ -29,15 +29,26 @@ CASES = {  # B, (H, W), num_heads, head_dim, window, shift
     "head_dim 80, two tiles": (1, (10, 10), 1, 80, (10, 10), (5, 5)),
     "head_dim 128": (1, (7, 7), 1, 128, (7, 7), (3, 3)),
 }
+COSINE_CASES = {
+    "window 8": (2, (16, 16), 2, 32, (8, 8), (0, 0)),
+    "window 8 shifted padded": (3, (13, 16), 2, 32, (8, 8), (4, 4)),
+    "window 12 shifted": (2, (24, 24), 1, 32, (12, 12), (6, 6)),
+    "window 16 shifted": (3, (16, 32), 1, 32, (16, 16), (8, 8)),
+    "window 24 shifted padded": (1, (30, 25), 1, 32, (24, 24), (12, 12)),
+    "non-square padded window": (2, (11, 13), 2, 16, (10, 9), (5, 4)),
+    "head_dim 24": (1, (8, 8), 2, 24, (8, 8), (4, 4)),
+}
 
 
-def make_inputs(case, dtype, device, requires_grad=True):
+def make_inputs(case, dtype, device, requires_grad=True, cosine=False):
+    """qkv, bias, pad_qkv and, for cosine attention, logit_scale: from half a nat above 1 to past the clamp."""
     B, (H, W), num_heads, head_dim, window_size, _ = case
     N, C = window_size[0] * window_size[1], num_heads * head_dim
     qkv = torch.randn(B, H, W, 3 * C, device=device).to(dtype)
     bias = torch.randn(num_heads, N, N, device=device)
     pad_qkv = torch.randn(3 * C, device=device).to(dtype)
-    return [t.requires_grad_(requires_grad) for t in (qkv, bias, pad_qkv)]
+    logit_scale = [torch.linspace(0.5, 5.0, num_heads, device=device)] if cosine else []
+    return [t.requires_grad_(requires_grad) for t in (qkv, bias, pad_qkv, *logit_scale)]
 
 
 def run(function, inputs, do):
@@ -47,36 +58,103 @@ def run(function, inputs, do):
     return [out] + [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
 
-def check_against_fp64(case, dtype, device):
+def check_against_fp64(case, dtype, device, cosine=False):
     _, _, num_heads, head_dim, window_size, shift_size = case
-    inputs = make_inputs(case, dtype, device)
+    inputs = make_inputs(case, dtype, device, cosine=cosine)
     do = torch.randn(*inputs[0].shape[:3], num_heads * head_dim, device=device).to(dtype)
 
-    def ours(qkv, bias, pad):
-        return window_attention(qkv, num_heads, window_size, shift_size, bias, pad, impl="triton")
+    def ours(qkv, bias, pad, logit_scale=None):
+        return window_attention(
+            qkv, num_heads, window_size, shift_size, bias, pad, logit_scale=logit_scale, impl="triton"
+        )
 
-    def timms(qkv, bias, pad):
-        return timm_window_attention(qkv, num_heads, window_size, shift_size, bias, pad)
+    def timms(qkv, bias, pad, logit_scale=None):
+        return timm_window_attention(qkv, num_heads, window_size, shift_size, bias, pad, logit_scale)
 
-    def exact(qkv, bias, pad):
-        return reference.window_attention(qkv, num_heads, window_size, shift_size, bias, pad, head_dim**-0.5)
+    def exact(qkv, bias, pad, logit_scale=None):
+        scale = None if cosine else head_dim**-0.5
+        return reference.window_attention(qkv, num_heads, window_size, shift_size, bias, pad, scale, logit_scale)
 
     doubles = [t.detach().double().requires_grad_() for t in inputs]
     results = zip(
-        ("out", "dqkv", "dbias", "dpad_qkv"),
+        ("out", "dqkv", "dbias", "dpad_qkv", "dlogit_scale")[: len(inputs) + 1],
         run(ours, inputs, do),
         run(timms, inputs, do),
         run(exact, doubles, do.double()),
         strict=True,
     )
     for name, our, timm, expected in results:
-        assert_as_exact_as_timm(name, our, timm, expected)
+        if name == "dlogit_scale" and dtype in (torch.float16, torch.bfloat16):
+            # One number a head, the small rest of a sum that cancels: the roundings of dS weigh more in it than timm's.
+            assert relative_error(our, expected) < 64 * torch.finfo(dtype).eps, name
+        else:
+            assert_as_exact_as_timm(name, our, timm, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_every_gradient_are_as_exact_as_timms(name, dtype, kernel_device, poisoned, ieee):
     check_against_fp64(CASES[name], dtype, kernel_device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", COSINE_CASES)
+def test_cosine_attention_is_as_exact_as_timms(name, dtype, kernel_device, poisoned, ieee):
+    check_against_fp64(COSINE_CASES[name], dtype, kernel_device, cosine=True)
+
+
+@pytest.mark.parametrize("window_size", [(8, 8), (9, 8)], ids=["one tile", "several tiles"])
+def test_no_gradient_reaches_a_logit_scale_past_its_clamp(window_size, kernel_device):
+    case = (1, window_size, 3, 16, window_size, (0, 0))
+    qkv, bias, pad, logit_scale = make_inputs(case, torch.float32, kernel_device, cosine=True)
+    with torch.no_grad():
+        logit_scale.copy_(torch.tensor([4.6, 4.61, 50.0]))  # log 100 is 4.605
+    out = window_attention(qkv, 3, window_size, 0, bias, pad, logit_scale=logit_scale, impl="triton")
+    grad = torch.autograd.grad(out.square().sum(), logit_scale)[0]
+    assert grad[0] != 0 and (grad[1:] == 0).all()
+
+
+@pytest.mark.parametrize("window", [8, 12], ids=["one tile", "several tiles"])
+def test_a_masked_key_wins_where_its_cosine_is_large_enough(window, kernel_device, ieee):
+    """The mask is -100 and logits reach 100: a query that only a masked key resembles attends to it, as in timm."""
+    shift, head_dim = window // 2, 16
+    q, k, v = torch.randn(3, 1, window, window, head_dim, device=kernel_device)
+    q[:] = torch.nn.functional.one_hot(torch.tensor(0), head_dim).to(q)
+    k[:] = -q  # cosine -1 with every key ...
+    k[0, shift, shift] = q[0, 0, 0]  # ... but one, which the roll makes a neighbour of the whole window
+    qkv = torch.cat([q, k, v], dim=-1)
+    logit_scale = torch.full([1], 9.0, device=kernel_device)  # clamped: the factor is 100
+    args = (qkv, 1, window, shift, None, None, None, logit_scale)
+    out = window_attention(*args, impl="triton")
+    expected = window_attention(*[x.double() if isinstance(x, torch.Tensor) else x for x in args], impl="reference")
+    assert relative_error(out, expected) < 1e-5
+    # Tokens of another region than the winner's hold its value and no other.
+    assert torch.allclose(out[0, 0, 0], v[0, shift, shift], atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [8, 12], ids=["one tile", "several tiles"])
+def test_cosine_attention_in_half_precision_survives_inputs_at_its_limits(window, kernel_device):
+    case = (1, (window, window), 2, 32, (window, window), (0, 0))
+    inputs = make_inputs(case, torch.float16, kernel_device, cosine=True)
+    with torch.no_grad():
+        inputs[0][..., :128] *= 1e4 / inputs[0][..., :128].abs().amax()  # q and k
+        inputs[0][0, 0, 0, :128] = 0  # a token without a direction
+        inputs[3].fill_(5.0)
+    do = torch.randn(1, window, window, 64, device=kernel_device).half()
+    ours, exact = (
+        run(
+            lambda *x, impl=impl: window_attention(x[0], 2, window, 0, x[1] * 16, x[2], logit_scale=x[3], impl=impl),
+            [x.detach().to(torch.float64 if impl == "reference" else x.dtype).requires_grad_() for x in inputs],
+            do.to(torch.float64 if impl == "reference" else torch.float16),
+        )
+        for impl in ("triton", "reference")
+    )
+    for name, our, expected in zip(("out", "dqkv", "dbias"), ours, exact, strict=False):
+        assert not our.isnan().any(), name
+        if name == "dqkv":  # that of the token of zeros is divided by 1e-12: beyond half precision
+            our, expected = our.flatten(0, 2)[1:], expected.flatten(0, 2)[1:]
+        assert torch.isfinite(our).all(), name
+        assert relative_error(our, expected) < 1e-2, name
 
 
 @pytest.mark.gpu
@@ -107,6 +185,22 @@ def test_full_size_maps_are_as_exact_as_timms(case, dtype, poisoned, ieee):
     check_against_fp64(case, dtype, "cuda")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        (4, (64, 64), 4, 32, (8, 8), (4, 4)),
+        (4, (64, 64), 4, 32, (16, 16), (8, 8)),
+        (2, (96, 96), 4, 32, (24, 24), (12, 12)),
+        (3, (61, 83), 3, 32, (12, 12), (6, 6)),
+    ],
+    ids=str,
+)
+def test_full_size_maps_of_cosine_attention_are_as_exact_as_timms(case, dtype, poisoned, ieee):
+    check_against_fp64(case, dtype, "cuda", cosine=True)
+
+
 @pytest.mark.skipif(GPU, reason="float64 kernels exist in the interpreter only")
 @pytest.mark.parametrize(
     "case",
@@ -116,13 +210,15 @@ def test_full_size_maps_are_as_exact_as_timms(case, dtype, poisoned, ieee):
     ],
     ids=["one tile, padded", "several tiles"],
 )
-def test_gradcheck_in_float64(case):
+@pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
+def test_gradcheck_in_float64(case, cosine):
     _, _, num_heads, _, window_size, shift_size = case
-    inputs = make_inputs(case, torch.float64, "cpu")
-    inputs[1] = inputs[1].detach().double().requires_grad_()
+    inputs = [x.detach().double().requires_grad_() for x in make_inputs(case, torch.float64, "cpu", cosine=cosine)]
 
-    def function(qkv, bias, pad):
-        return window_attention(qkv, num_heads, window_size, shift_size, bias, pad, impl="triton")
+    def function(qkv, bias, pad, logit_scale=None):
+        return window_attention(
+            qkv, num_heads, window_size, shift_size, bias, pad, logit_scale=logit_scale, impl="triton"
+        )
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True, atol=1e-6)
 

@@ -8,14 +8,16 @@ from timm.models import get_arch_pretrained_cfgs
 import timm_flashwin  # noqa: F401  (registers the names)
 from timm_flashwin.models.registry import ALIASES, flashwin_names
 
-TIMM_ARCHS = timm.list_models("swin_*", module="swin_transformer")
+TIMM_ARCHS = [name for name in timm.list_models(["swin_*", "swinv2_*"]) if "flashwin" not in name]
 
 
 def test_every_swin_of_timm_has_a_twin_and_the_short_names_exist():
-    assert len(TIMM_ARCHS) >= 9
+    for pattern, count in (("swin_", 9), ("swinv2_", 28), ("swinv2_cr_", 16)):
+        assert len([name for name in TIMM_ARCHS if name.startswith(pattern)]) >= count
     expected = {arch + "_flashwin" for arch in TIMM_ARCHS} | set(ALIASES)
     assert set(timm.list_models("*flashwin*")) == expected
     assert {"swin_base_flashwin", "swin_large_384_flashwin", "swin_s3_tiny_224_flashwin"} <= expected
+    assert {"swinv2_tiny_flashwin", "swinv2_large_flashwin", "swinv2_cr_giant_384_flashwin"} <= expected
 
 
 @pytest.mark.parametrize("name", sorted(flashwin_names()))
@@ -24,11 +26,12 @@ def test_every_tag_of_timm_resolves_to_timms_own_hub_id(name):
     ours = get_arch_pretrained_cfgs(name)
     assert [full.split(".", 1)[1] for full in ours] == [full.split(".", 1)[1] for full in theirs]
     for (our_name, our), (their_name, their) in zip(ours.items(), theirs.items(), strict=True):
-        assert our.hf_hub_id == their.hf_hub_id == f"timm/{their_name}"
+        untrained = their_name.endswith(".untrained")
+        assert our.hf_hub_id == their.hf_hub_id == (None if untrained else f"timm/{their_name}")
         assert our.architecture == name
         assert (our.input_size, our.num_classes, our.mean) == (their.input_size, their.num_classes, their.mean)
-        assert timm.is_model_pretrained(our_name)
-        assert our_name in timm.list_models("*flashwin*", pretrained=True)
+        assert timm.is_model_pretrained(our_name) != untrained
+        assert (our_name in timm.list_models("*flashwin*", pretrained=True)) != untrained
     assert timm.get_pretrained_cfg(name).tag == timm.get_pretrained_cfg(flashwin_names()[name]).tag
 
 
@@ -65,8 +68,16 @@ timm_flashwin.register_all()
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
 
 
-def test_a_created_model_has_the_kernels_under_it():
-    model = timm.create_model("swin_tiny_flashwin", img_size=32, embed_dim=32, num_heads=(1, 1, 1, 1))
-    blocks = [block for layer in model.layers for block in layer.blocks]
-    assert {type(block).__name__ for block in blocks} == {"FlashSwinTransformerBlock"}
-    assert {type(block.attn).__name__ for block in blocks} == {"FlashWindowAttention"}
+@pytest.mark.parametrize(
+    "name, block, attention",
+    [
+        ("swin_tiny_flashwin", "FlashSwinTransformerBlock", "FlashWindowAttention"),
+        ("swinv2_tiny_flashwin", "FlashSwinTransformerV2Block", "FlashSwinV2WindowAttention"),
+        ("swinv2_cr_tiny_224_flashwin", "FlashSwinTransformerV2CrBlock", "FlashSwinV2CrWindowAttention"),
+    ],
+)
+def test_a_created_model_has_the_kernels_under_it(name, block, attention):
+    model = timm.create_model(name, img_size=64, embed_dim=32, num_heads=(1, 1, 1, 1))
+    blocks = [module for module in model.modules() if hasattr(module, "attn")]
+    assert {type(module).__name__ for module in blocks} == {block}
+    assert {type(module.attn).__name__ for module in blocks} == {attention}

@@ -15,8 +15,8 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from .functional import fallback_reason
+from .models.dispatch import FlashAttention
 from .models.registry import SUFFIX
-from .models.swin import FlashWindowAttention
 
 WEIGHTS, SHEET, LABELS = "demo_swin.safetensors", "demo_images.png", "demo_images.json"
 WARMUP_RUNS, TIMED_RUNS = 1, 5
@@ -70,11 +70,11 @@ def build_models(checkpoint: Checkpoint, device: torch.device) -> tuple[nn.Modul
 def implementation(model: nn.Module) -> str:
     """Which code computes the window attention of `model`, where its weights are now, and why."""
     weight = next(model.parameters())
-    attentions = [module for module in model.modules() if isinstance(module, FlashWindowAttention)]
+    attentions = [module for module in model.modules() if isinstance(module, FlashAttention)]
     if not attentions:
         return f"timm's own {type(model).__name__} (names that end in {SUFFIX} use the kernels)"
     for attention in attentions:
-        reason = fallback_reason(weight.device, weight.dtype, attention.head_dim, attention.window_area)
+        reason = fallback_reason(weight.device, weight.dtype, attention.head_dim, attention.num_tokens)
         if reason is not None:
             return f"plain PyTorch: {reason}"
     return f"Triton kernels on {torch.cuda.get_device_name(weight.device)}"

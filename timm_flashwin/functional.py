@@ -1,4 +1,4 @@
-"""The two public functions: validation, and the choice of implementation."""
+"""The two public functions, and the bias both take: validation, and the choice of implementation."""
 
 import functools
 import importlib
@@ -31,6 +31,7 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 MAX_WINDOW_AREA = 24 * 24
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TABLE_LAYOUT = "[(2 * Wh - 1) * (2 * Ww - 1), num_heads]"
 
 
 def window_attention(
@@ -41,6 +42,7 @@ def window_attention(
     bias: Tensor | None = None,
     pad_qkv: Tensor | None = None,
     scale: float | None = None,
+    logit_scale: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """(Shifted) window attention on an NHWC map, from the qkv projection to the input of the output projection.
@@ -48,8 +50,11 @@ def window_attention(
     Equals, in this order: cyclic roll by `-shift_size`, padding at the bottom and right to whole windows, window
     partition, `softmax(q @ k^T * scale + bias + mask) @ v` per head, window reverse, crop and roll back. The mask is
     -100 between tokens that only the roll made neighbours. The kernels do all of this by address arithmetic: the map
-    is read once and the output written once. Source: Liu et al., "Swin Transformer" (2021), sections 3.2 and 4 (eq. 4);
-    timm/models/swin_transformer.py, `SwinTransformerBlock._attn` and `WindowAttention.forward`.
+    is read once and the output written once. With a `logit_scale` it is the scaled cosine attention of Swin V2: q and k
+    of each head are divided by their L2 norms (1e-12 at least), and `exp(min(logit_scale, log 100))` takes the place of
+    `scale`. Sources: Liu et al., "Swin Transformer" (2021), sections 3.2 and 4 (eq. 4), and "Swin Transformer V2"
+    (2022), section 3.2 (eq. 2); timm/models/swin_transformer.py, `SwinTransformerBlock._attn` and
+    `WindowAttention.forward`; timm/models/swin_transformer_v2.py, `WindowAttention.forward`.
 
     Under autocast `qkv` is cast to autocast's dtype. Products accumulate, and the softmax and the gradient of `bias`
     are taken, in float32 (float64 for float64 inputs). float32 products follow `torch.backends.cuda.matmul.allow_tf32`.
@@ -64,11 +69,14 @@ def window_attention(
         pad_qkv: [3 * num_heads * head_dim]: the qkv of a padded token, which is what the qkv Linear makes of zeros: its
             bias. None stands for zeros (a Linear without bias). Padded tokens are attended to.
         scale: Factor on q @ k^T; head_dim ** -0.5 if None.
+        logit_scale: [num_heads], any float dtype: cosine attention with the logarithm of each head's factor. None:
+            plain attention. Not together with `scale`.
         impl: "triton" (never falls back), "reference" (plain PyTorch), or "auto": the kernels where they can run,
             otherwise the reference, with the reason logged once.
 
     Returns:
-        [B, H, W, num_heads * head_dim], contiguous, in the dtype of `qkv`. Differentiable in `qkv`, `bias`, `pad_qkv`.
+        [B, H, W, num_heads * head_dim], contiguous, in the dtype of `qkv`. Differentiable in `qkv`, `bias`, `pad_qkv`
+        and `logit_scale` (whose gradient is 0 above log 100).
 
     Raises:
         TypeError: An argument is not a tensor or has a dtype that is not supported, or dtypes or devices are mixed.
@@ -81,8 +89,7 @@ def window_attention(
             f"qkv has {qkv.shape[-1]} channels, which are not 3 * num_heads * head_dim for num_heads={num_heads}; "
             "pass the output of the qkv Linear and the number of heads it was made for"
         )
-    if min(window_size) < 1:
-        raise ValueError(f"window_size is {window_size}; both entries must be at least 1")
+    _check_window_size(window_size)
     if min(shift_size) < 0:
         raise ValueError(f"shift_size is {shift_size}; both entries must be 0 or more (the roll is by -shift_size)")
     if min(qkv.shape[1:3]) < 1:
@@ -92,16 +99,17 @@ def window_attention(
     if pad_qkv is not None:
         _check_companion("pad_qkv", pad_qkv, qkv, (qkv.shape[-1],), "[3 * num_heads * head_dim]")
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = _checked_scale(scale, logit_scale, qkv, num_heads, head_dim)
 
-    if _use_kernels(impl, qkv, head_dim, window_area):
-        save_stats = _needs_grad(qkv, bias, pad_qkv) and needs_stats(window_area, head_dim, _compute_dtype(qkv))
+    if _use_kernels(impl, qkv.device, _compute_dtype(qkv), head_dim, window_area):
+        needs_grad = _needs_grad(qkv, bias, pad_qkv, logit_scale)
+        save_stats = needs_grad and needs_stats(window_area, head_dim, _compute_dtype(qkv))
         return torch.ops.timm_flashwin.window_attention(
-            qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_stats
+            qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale, save_stats
         )[0]
     (qkv,), context = _under_autocast(qkv)
     with context:
-        return reference.window_attention(qkv, num_heads, window_size, shift_size, bias, pad_qkv, scale)
+        return reference.window_attention(qkv, num_heads, window_size, shift_size, bias, pad_qkv, scale, logit_scale)
 
 
 def windowed_sdpa(
@@ -111,6 +119,7 @@ def windowed_sdpa(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
+    logit_scale: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """softmax(q @ k^T * scale + bias + mask) @ v over windows that are already partitioned.
@@ -123,12 +132,11 @@ def windowed_sdpa(
             in place where the three share theirs, as the views of one qkv tensor do; copied first where they do not).
         bias: Relative position bias [num_heads, N, N], any float dtype, or None.
         mask: Additive mask [nW, N, N], any float dtype, or None; window i takes `mask[i % nW]`. It gets no gradient.
-        scale: Factor on q @ k^T; head_dim ** -0.5 if None.
-        impl: As in `window_attention`.
+        scale, logit_scale, impl: As in `window_attention`.
 
     Returns:
         [B_, num_heads, N, head_dim] in the dtype of `q`, laid out so that `.transpose(1, 2).flatten(2)`, the input of
-        the output projection, copies nothing. Differentiable in `q`, `k`, `v` and `bias`.
+        the output projection, copies nothing. Differentiable in `q`, `k`, `v`, `bias` and `logit_scale`.
 
     Raises:
         TypeError, ValueError: As in `window_attention`; also where q, k and v differ in shape, dtype or device, or the
@@ -149,14 +157,49 @@ def windowed_sdpa(
             )
         if mask.requires_grad:
             raise ValueError("mask requires a gradient, but gets none; detach it, or pass what is trained as bias")
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = _checked_scale(scale, logit_scale, q, num_heads, head_dim)
 
-    if _use_kernels(impl, q, head_dim, N):
-        save_stats = _needs_grad(q, k, v, bias) and needs_stats(N, head_dim, _compute_dtype(q))
-        return torch.ops.timm_flashwin.windowed_sdpa(q, k, v, bias, mask, scale, save_stats)[0]
+    if _use_kernels(impl, q.device, _compute_dtype(q), head_dim, N):
+        needs_grad = _needs_grad(q, k, v, bias, logit_scale)
+        save_stats = needs_grad and needs_stats(N, head_dim, _compute_dtype(q))
+        return torch.ops.timm_flashwin.windowed_sdpa(q, k, v, bias, mask, logit_scale, scale, save_stats)[0]
     (q, k, v), context = _under_autocast(q, k, v)
     with context:
-        return reference.windowed_sdpa(q, k, v, bias, mask, scale)
+        return reference.windowed_sdpa(q, k, v, bias, mask, scale, logit_scale)
+
+
+def relative_position_bias(table: Tensor, window_size: int | tuple[int, int], impl: str = "auto") -> Tensor:
+    """The bias of every pair of tokens of a window, out of a table with one row for each distance of two tokens.
+
+    Autocast changes nothing here. The gradient of `table` is summed in float32 (float64 for float64), in a fixed order
+    in the kernels. Source: timm/models/swin_transformer.py, `get_relative_position_index` and
+    `WindowAttention._get_rel_pos_bias`; Liu et al., "Swin Transformer" (2021), section 3.2.
+
+    Args:
+        table: [(2 * Wh - 1) * (2 * Ww - 1), num_heads], any float dtype: the row of the distance (dy, dx) = i - j is
+            (dy + Wh - 1) * (2 * Ww - 1) + dx + Ww - 1.
+        window_size: (Wh, Ww) in tokens, or one int for both.
+        impl: As in `window_attention`.
+
+    Returns:
+        [num_heads, N, N] with N = Wh * Ww, contiguous, in the dtype of `table`: `bias` as the functions above take it.
+        Differentiable in `table`, any number of times.
+
+    Raises:
+        TypeError, ValueError: As in `window_attention`.
+    """
+    window_size = to_pair(window_size)
+    _check_window_size(window_size)
+    _check_float_tensor("table", table, 2, _TABLE_LAYOUT)
+    rows = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
+    if table.shape[0] != rows or table.shape[1] < 1:
+        raise ValueError(
+            f"table has the shape {tuple(table.shape)}; it must be {_TABLE_LAYOUT}, here ({rows}, 1 or more) "
+            f"for window_size={window_size}"
+        )
+    if _use_kernels(impl, table.device, table.dtype, None, window_size[0] * window_size[1]):
+        return torch.ops.timm_flashwin.relative_position_bias(table, window_size)
+    return reference.relative_position_bias(table, window_size)
 
 
 # ------------------------------------------------------------------------------------------------ validation
@@ -169,6 +212,11 @@ def _check_float_tensor(name: str, x: Tensor, ndim: int, layout: str) -> None:
         raise TypeError(f"{name} has the dtype {x.dtype}; allowed are float16, bfloat16, float32 and float64")
     if x.ndim != ndim:
         raise ValueError(f"{name} has {x.ndim} dimensions, shape {tuple(x.shape)}; it must be {layout}")
+
+
+def _check_window_size(window_size: tuple[int, int]) -> None:
+    if min(window_size) < 1:
+        raise ValueError(f"window_size is {window_size}; both entries must be at least 1")
 
 
 def _check_companion(name, x, of, shape, layout: str, dtype: torch.dtype | None = None) -> None:
@@ -188,34 +236,47 @@ def _check_bias(bias: Tensor | None, of: Tensor, num_heads: int, window_area: in
         _check_companion("bias", bias, of, (num_heads, window_area, window_area), "[num_heads, N, N], N = Wh * Ww")
 
 
+def _checked_scale(scale: float | None, logit_scale: Tensor | None, of: Tensor, num_heads: int, head_dim: int) -> float:
+    """The factor on q @ k^T; 1 where `logit_scale` says it."""
+    if logit_scale is None:
+        return head_dim**-0.5 if scale is None else float(scale)
+    if scale is not None:
+        raise ValueError(f"scale={scale} and a logit_scale are given; cosine attention takes logit_scale alone")
+    _check_companion("logit_scale", logit_scale, of, (num_heads,), "[num_heads]")
+    return 1.0
+
+
 # ------------------------------------------------------------------------------------ choice of implementation
 
 
-def _use_kernels(impl: str, x: Tensor, head_dim: int, window_area: int) -> bool:
+def _use_kernels(
+    impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int
+) -> bool:  # fmt: skip
+    """Whether the kernels serve such a call; `dtype` is what it computes in, `head_dim` None where it has none."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; allowed are {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "reference":
         return False
     choose = fallback_reason if impl == "auto" else _refusal
-    reason = choose(x.device, _compute_dtype(x), head_dim, window_area)
+    reason = choose(device, dtype, head_dim, window_area)
     if reason is None:
         return True
     if impl == "triton":
         raise ValueError(f'impl="triton" cannot run here: {reason}; use impl="auto" or impl="reference"')
-    log_fallback(reason, x.device.type)
+    log_fallback(reason, device.type)
     return False
 
 
-def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int, window_area: int) -> str | None:
+def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int) -> str | None:
     """Why `impl="auto"` takes plain PyTorch for such a call, in words for the user; None where it takes the kernels."""
     if device.type == "cpu":  # Triton's interpreter, which impl="triton" may use, is for tests
         return "the tensors are on the CPU, and the kernels run on GPUs"
     return _refusal(device, dtype, head_dim, window_area)
 
 
-def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int, window_area: int) -> str | None:
+def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int) -> str | None:
     """Why the kernels cannot serve such a call; None where they can."""
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+    if head_dim is not None and not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {head_dim}"
     if window_area > MAX_WINDOW_AREA:
         return f"the kernels take windows of up to {MAX_WINDOW_AREA} tokens, not {window_area}"

@@ -44,6 +44,19 @@ def window_reverse(windows: torch.Tensor, window_size: tuple[int, int], size: tu
     return x.transpose(2, 3).reshape(-1, Hp, Wp, windows.shape[-1])  # B, Hp, Wp, C
 
 
+def relative_position_index(window_size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
+    """Which row of a relative position bias table a query token i and a key token j take: [N, N], int64.
+
+    The table has a row for each distance (dy, dx) = i - j, from (-(Wh - 1), -(Ww - 1)) to (Wh - 1, Ww - 1), row-major;
+    timm/models/swin_transformer.py, `get_relative_position_index`.
+    """
+    Wh, Ww = window_size
+    tokens = torch.arange(Wh * Ww, device=device)
+    y, x = tokens // Ww, tokens % Ww
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    return (dy + Wh - 1) * (2 * Ww - 1) + dx + Ww - 1  # N, N
+
+
 def region_ids(
     size: tuple[int, int],
     window_size: tuple[int, int],

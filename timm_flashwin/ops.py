@@ -1,7 +1,8 @@
 """The kernels as PyTorch operators: schema, fake kernel, autograd and autocast. Triton is imported on the first launch.
 
-`timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows; each has
-a `_backward` beside it. They take what `functional` has validated.
+`timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows,
+`timm_flashwin::relative_position_bias` makes the bias of both; each has a `_backward` beside it. They take what
+`functional` has validated.
 """
 
 import contextlib
@@ -14,20 +15,25 @@ from .geometry import num_windows
 _GEOMETRY = "int num_heads, int[2] window_size, int[2] shift_size, float scale"
 _library = torch.library.Library("timm_flashwin", "DEF")
 _library.define(
-    f"window_attention(Tensor qkv, Tensor? bias, Tensor? pad_qkv, {_GEOMETRY}, bool save_stats) -> (Tensor, Tensor)"
-)
-_library.define(
-    "window_attention_backward(Tensor do, Tensor qkv, Tensor? bias, Tensor? pad_qkv, Tensor? out, Tensor? stats, "
-    f"{_GEOMETRY}, bool need_dbias, bool need_dpad_qkv) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "windowed_sdpa(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale, bool save_stats) "
+    f"window_attention(Tensor qkv, Tensor? bias, Tensor? pad_qkv, Tensor? logit_scale, {_GEOMETRY}, bool save_stats) "
     "-> (Tensor, Tensor)"
 )
 _library.define(
-    "windowed_sdpa_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? out, "
-    "Tensor? stats, float scale, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
+    "window_attention_backward(Tensor do, Tensor qkv, Tensor? bias, Tensor? pad_qkv, Tensor? logit_scale, Tensor? out, "
+    f"Tensor? stats, {_GEOMETRY}, bool need_dbias, bool need_dpad_qkv, bool need_dlogit_scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define(
+    "windowed_sdpa(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? logit_scale, float scale, "
+    "bool save_stats) -> (Tensor, Tensor)"
+)
+_library.define(
+    "windowed_sdpa_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? logit_scale, "
+    "Tensor? out, Tensor? stats, float scale, bool need_dbias, bool need_dlogit_scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define("relative_position_bias(Tensor table, int[2] window_size) -> Tensor")
+_library.define("relative_position_bias_backward(Tensor dbias, int[2] window_size) -> Tensor")
 
 
 def _implement(name: str, kernel, fake, backward=None, setup_context=None) -> None:
@@ -63,6 +69,25 @@ def _none(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+def _where_needed(grads, needed) -> tuple[Tensor | None, ...]:
+    """What autograd takes: None where nobody asked."""
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+
+
+def _empty_where_needed(inputs, needed, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) if need else _none(like) for x, need in zip(inputs, needed, strict=True))
+
+
+def _zeros_where_needed(inputs, needed, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_zeros(x.shape) if need else _none(like) for x, need in zip(inputs, needed, strict=True))
+
+
+def _rounded_where_needed(sums, inputs, needed, like: Tensor) -> tuple[Tensor, ...]:
+    """Gradients, summed in a wider dtype, in the dtype of the inputs they belong to."""
+    each = zip(sums, inputs, needed, strict=True)
+    return tuple(total.to(x.dtype) if need else _none(like) for total, x, need in each)
+
+
 def _device_guard(x: Tensor):
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
@@ -71,22 +96,25 @@ def _device_guard(x: Tensor):
 # ------------------------------------------------------------------------------------------ window_attention
 
 
-def _map_call(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale):
+def _map_call(qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale):
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # B, H, W, num_heads, head_dim
-    return _launch().Call(q, k, v, bias, None, pad_qkv, tuple(window_size), tuple(shift_size), scale)
+    return _launch().Call(q, k, v, bias, None, pad_qkv, logit_scale, tuple(window_size), tuple(shift_size), scale)
 
 
-def _window_attention(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_stats):
-    out, stats = _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_stats)
+def _window_attention(qkv, bias, pad_qkv, logit_scale, *geometry_and_save_stats):
+    inputs = (qkv, bias, pad_qkv, logit_scale)
+    *geometry, save_stats = geometry_and_save_stats
+    out, stats = _window_attention_fake(*inputs, *geometry, save_stats)
     if out.numel():
-        call = _map_call(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale)
         with _device_guard(qkv):
-            _launch().launch_forward(call, out, stats if save_stats else None)
+            _launch().launch_forward(_map_call(*inputs, *geometry), out, stats if save_stats else None)
     return out, stats
 
 
-def _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale, save_stats):
+def _window_attention_fake(
+    qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale, save_stats
+):  # fmt: skip
     B, H, W, three_c = qkv.shape
     out = qkv.new_empty(B, H, W, three_c // 3)
     if not save_stats:
@@ -97,55 +125,41 @@ def _window_attention_fake(qkv, bias, pad_qkv, num_heads, window_size, shift_siz
 
 
 def _window_attention_setup_context(ctx, inputs, output):
-    qkv, bias, pad_qkv, *ctx.geometry, save_stats = inputs
+    *tensors, num_heads, window_size, shift_size, scale, save_stats = inputs
+    ctx.geometry = num_heads, window_size, shift_size, scale
     out, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, bias, pad_qkv, *((out, stats) if save_stats else (None, None)))
+    ctx.save_for_backward(*tensors, *((out, stats) if save_stats else (None, None)))
 
 
 def _window_attention_autograd(ctx, do, _):
-    qkv, bias, pad_qkv, out, stats = ctx.saved_tensors
     if do is None:
-        return (None,) * 8
-    _, need_dbias, need_dpad_qkv, *_ = ctx.needs_input_grad
-    dqkv, dbias, dpad_qkv = torch.ops.timm_flashwin.window_attention_backward(
-        do, qkv, bias, pad_qkv, out, stats, *ctx.geometry, need_dbias, need_dpad_qkv
-    )
-    return dqkv, dbias if need_dbias else None, dpad_qkv if need_dpad_qkv else None, None, None, None, None, None
+        return (None,) * 9
+    _, *needed = ctx.needs_input_grad[:4]
+    grads = torch.ops.timm_flashwin.window_attention_backward(do, *ctx.saved_tensors, *ctx.geometry, *needed)
+    return *_where_needed(grads, (True, *needed)), None, None, None, None, None
 
 
 def _window_attention_backward(
-    do, qkv, bias, pad_qkv, out, stats, num_heads, window_size, shift_size, scale, need_dbias, need_dpad_qkv
-):
+    do, qkv, bias, pad_qkv, logit_scale, out, stats, num_heads, window_size, shift_size, scale, *needed
+):  # fmt: skip
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    inputs = (bias, pad_qkv, logit_scale)
     if not do.numel():
-        return (
-            dqkv,
-            torch.zeros_like(bias) if need_dbias else _none(qkv),
-            torch.zeros_like(pad_qkv) if need_dpad_qkv else _none(qkv),
-        )
-    call = _map_call(qkv, bias, pad_qkv, num_heads, window_size, shift_size, scale)
+        return dqkv, *_zeros_where_needed(inputs, needed, qkv)
+    call = _map_call(qkv, *inputs, num_heads, window_size, shift_size, scale)
+    dq, dk, dv = dqkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
     with _device_guard(qkv):
-        dq, dk, dv = dqkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
-        dbias, dpad_qkv = _launch().launch_backward(
-            call, do.contiguous(), out, stats, dq, dk, dv, need_dbias, need_dpad_qkv
-        )
-    return (
-        dqkv,
-        dbias.to(bias.dtype) if need_dbias else _none(qkv),
-        dpad_qkv.to(pad_qkv.dtype) if need_dpad_qkv else _none(qkv),
-    )
+        sums = _launch().launch_backward(call, do.contiguous(), out, stats, dq, dk, dv, *needed)
+    return dqkv, *_rounded_where_needed(sums, inputs, needed, qkv)
 
 
 def _window_attention_backward_fake(
-    do, qkv, bias, pad_qkv, out, stats, num_heads, window_size, shift_size, scale, need_dbias, need_dpad_qkv
-):
-    return (
-        torch.empty_like(qkv, memory_format=torch.contiguous_format),
-        bias.new_empty(bias.shape) if need_dbias else _none(qkv),
-        pad_qkv.new_empty(pad_qkv.shape) if need_dpad_qkv else _none(qkv),
-    )
+    do, qkv, bias, pad_qkv, logit_scale, out, stats, num_heads, window_size, shift_size, scale, *needed
+):  # fmt: skip
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    return dqkv, *_empty_where_needed((bias, pad_qkv, logit_scale), needed, qkv)
 
 
 _implement(
@@ -163,70 +177,134 @@ _implement(
 # --------------------------------------------------------------------------------------------- windowed_sdpa
 
 
-def _windows_call(q, k, v, bias, mask, scale):
+def _windows_call(q, k, v, bias, mask, logit_scale, scale):
     num_heads, N = q.shape[1:3]
     far_heads = num_heads * q.stride(1) >= 2**31  # a kernel steps from head to head in 32 bits
     if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1 or far_heads:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     q, k, v = (t.transpose(1, 2).unsqueeze(2) for t in (q, k, v))  # B_, N, 1, num_heads, head_dim
-    return _launch().Call(q, k, v, bias, mask, None, (N, 1), (0, 0), scale)
+    return _launch().Call(q, k, v, bias, mask, None, logit_scale, (N, 1), (0, 0), scale)
 
 
-def _windowed_sdpa(q, k, v, bias, mask, scale, save_stats):
-    out, stats = _windowed_sdpa_fake(q, k, v, bias, mask, scale, save_stats)
+def _windowed_sdpa(q, k, v, bias, mask, logit_scale, scale, save_stats):
+    out, stats = _windowed_sdpa_fake(q, k, v, bias, mask, logit_scale, scale, save_stats)
     if out.numel():
-        call = _windows_call(q, k, v, bias, mask, scale)
+        call = _windows_call(q, k, v, bias, mask, logit_scale, scale)
         with _device_guard(q):
             _launch().launch_forward(call, out.transpose(1, 2), stats if save_stats else None)
     return out, stats
 
 
-def _windowed_sdpa_fake(q, k, v, bias, mask, scale, save_stats):
+def _windowed_sdpa_fake(q, k, v, bias, mask, logit_scale, scale, save_stats):
     B_, num_heads, N, head_dim = q.shape
     out = q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2)  # dense as [B_, N, C], which is what comes next
     return out, q.new_empty(B_, num_heads, N, 2, dtype=_acc_dtype(q)) if save_stats else _none(q)
 
 
 def _windowed_sdpa_setup_context(ctx, inputs, output):
-    q, k, v, bias, mask, ctx.scale, save_stats = inputs
+    *tensors, ctx.scale, save_stats = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, bias, mask, *((out, stats) if save_stats else (None, None)))
+    ctx.save_for_backward(*tensors, *((out, stats) if save_stats else (None, None)))
 
 
 def _windowed_sdpa_autograd(ctx, do, _):
-    q, k, v, bias, mask, out, stats = ctx.saved_tensors
     if do is None:
-        return (None,) * 7
-    need_dbias = ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = torch.ops.timm_flashwin.windowed_sdpa_backward(
-        do, q, k, v, bias, mask, out, stats, ctx.scale, need_dbias
+        return (None,) * 8
+    needed = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+    *dqkv, dbias, dlogit_scale = torch.ops.timm_flashwin.windowed_sdpa_backward(
+        do, *ctx.saved_tensors, ctx.scale, *needed
     )
-    return dq, dk, dv, dbias if need_dbias else None, None, None, None
+    dbias, dlogit_scale = _where_needed((dbias, dlogit_scale), needed)
+    return *dqkv, dbias, None, dlogit_scale, None, None
 
 
-def _windowed_sdpa_backward(do, q, k, v, bias, mask, out, stats, scale, need_dbias):
-    dq, dk, dv, dbias = _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, out, stats, scale, need_dbias)
+def _windowed_sdpa_backward(do, q, k, v, bias, mask, logit_scale, out, stats, scale, *needed):
+    B_, num_heads, N, head_dim = q.shape
+    dq, dk, dv = (q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2) for _ in range(3))
+    inputs = (bias, logit_scale)
     if not do.numel():
-        return dq, dk, dv, dbias.zero_()
-    call = _windows_call(q, k, v, bias, mask, scale)
+        return dq, dk, dv, *_zeros_where_needed(inputs, needed, q)
+    call = _windows_call(q, k, v, bias, mask, logit_scale, scale)
     do = do.transpose(1, 2).contiguous()  # B_, N, num_heads, head_dim
     out = None if out is None else out.transpose(1, 2)
     grads = (t.transpose(1, 2).unsqueeze(2) for t in (dq, dk, dv))
+    need_dbias, need_dlogit_scale = needed
     with _device_guard(q):
-        dbias_sum, _ = _launch().launch_backward(call, do, out, stats, *grads, need_dbias, False)
-    return dq, dk, dv, dbias_sum.to(bias.dtype) if need_dbias else dbias
+        dbias, _, dlogit_scale = _launch().launch_backward(
+            call, do, out, stats, *grads, need_dbias, False, need_dlogit_scale
+        )
+    return dq, dk, dv, *_rounded_where_needed((dbias, dlogit_scale), inputs, needed, q)
 
 
-def _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, out, stats, scale, need_dbias):
+def _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, logit_scale, out, stats, scale, *needed):
     B_, num_heads, N, head_dim = q.shape
     dq, dk, dv = (q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2) for _ in range(3))
-    return dq, dk, dv, bias.new_empty(bias.shape) if need_dbias else _none(q)
+    return dq, dk, dv, *_empty_where_needed((bias, logit_scale), needed, q)
 
 
 _implement("windowed_sdpa", _windowed_sdpa, _windowed_sdpa_fake, _windowed_sdpa_autograd, _windowed_sdpa_setup_context)
 _implement("windowed_sdpa_backward", _windowed_sdpa_backward, _windowed_sdpa_backward_fake, _no_second_derivative)
+
+
+# ------------------------------------------------------------------------------------ relative_position_bias
+
+
+def _relative_position_bias(table, window_size):
+    from .kernels.relative_position import launch_relative_position_bias
+
+    bias = _relative_position_bias_fake(table, window_size)
+    with _device_guard(table):
+        launch_relative_position_bias(table.contiguous(), bias, tuple(window_size))
+    return bias
+
+
+def _relative_position_bias_fake(table, window_size):
+    N = window_size[0] * window_size[1]
+    return table.new_empty(table.shape[1], N, N)
+
+
+def _relative_position_bias_backward(dbias, window_size):
+    from .kernels.relative_position import launch_relative_position_bias_backward
+
+    dtable = _relative_position_bias_backward_fake(dbias, window_size)
+    with _device_guard(dbias):
+        launch_relative_position_bias_backward(dbias.contiguous(), dtable, tuple(window_size))
+    return dtable
+
+
+def _relative_position_bias_backward_fake(dbias, window_size):
+    return dbias.new_empty((2 * window_size[0] - 1) * (2 * window_size[1] - 1), dbias.shape[0])
+
+
+def _relative_position_bias_setup_context(ctx, inputs, output):
+    _, ctx.window_size = inputs
+
+
+def _relative_position_bias_autograd(ctx, dbias):
+    return torch.ops.timm_flashwin.relative_position_bias_backward(dbias, ctx.window_size), None
+
+
+def _relative_position_bias_double_autograd(ctx, ddtable):
+    """The two operators are linear, and one is the other's transpose."""
+    return torch.ops.timm_flashwin.relative_position_bias(ddtable, ctx.window_size), None
+
+
+_implement(
+    "relative_position_bias",
+    _relative_position_bias,
+    _relative_position_bias_fake,
+    _relative_position_bias_autograd,
+    _relative_position_bias_setup_context,
+)
+_implement(
+    "relative_position_bias_backward",
+    _relative_position_bias_backward,
+    _relative_position_bias_backward_fake,
+    _relative_position_bias_double_autograd,
+    _relative_position_bias_setup_context,
+)
 
 
 # -------------------------------------------------------------------------------------------------- autocast

@@ -1,27 +1,108 @@
-"""The forward kernel: from q, k, v at their places in the map to the output at its place, in one pass."""
+"""The forward kernels: from q, k, v at their places in the map to the output at its place, in one pass."""
 
 import triton
 import triton.language as tl
 
-from .primitives import as_operand, load_bias_tile, load_tile, locate_tokens, store_stats, store_tile, tile_logits
+from .primitives import (
+    as_operand,
+    exp_from,
+    here,
+    load_bias_tile,
+    load_scale,
+    load_tile,
+    locate_tokens,
+    placed_program,
+    query_key_operand,
+    share_of,
+    store_stats,
+    store_tile,
+    tile_logits,
+    window_cut,
+)
 
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, out_ptr, stats_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, logit_scale_ptr, out_ptr, stats_ptr,
     stride_b, stride_h, stride_w, stride_head,
-    H, W, windows_h, windows_w, num_windows, num_mask_windows, num_heads, scale,
+    H, W, windows_w, num_positions, num_images, num_masks, num_heads, scale,
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
-    SAVE_STATS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    COSINE: tl.constexpr, SAVE_STATS: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (num_heads * query tiles, programs that share the windows); heads vary fastest, so that neighbours in
-    time share the cache lines of a token."""
+    """Windows of one tile, BLOCK_M = BLOCK_N. Grid: (num_heads, programs that share the windows); heads vary fastest,
+    so that neighbours in time share the cache lines of a token."""
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
-    head = tl.program_id(0) % num_heads
-    rows = tl.program_id(0) // num_heads * BLOCK_M + tl.arange(0, BLOCK_M)  # m
+    head = tl.program_id(0)
+    tokens = tl.arange(0, BLOCK_N)  # n
+    C = num_heads * HEAD_DIM
+    q_ptr += head * stride_head
+    k_ptr += head * stride_head
+    v_ptr += head * stride_head
+    out_ptr += head * HEAD_DIM
+    q_pad_ptr = pad_ptr + head * HEAD_DIM
+    k_pad_ptr = q_pad_ptr + C
+    v_pad_ptr = k_pad_ptr + C
+    scale = load_scale(scale, logit_scale_ptr, head, ACC, COSINE)
+
+    first, last = share_of(num_positions * num_images, tl.program_id(1), tl.num_programs(1))
+    for position in range(first // num_images, tl.cdiv(last, num_images)):
+        offsets, pixels, in_window, in_map = locate_tokens(
+            position, tokens, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
+        )
+        bias_tile = load_bias_tile(
+            bias_ptr, head, here(tokens, position), here(tokens, position),
+            window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
+            ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+        )  # fmt: skip
+        before = position * num_images
+        for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
+            at = tl.cast(image, tl.int64) * stride_b
+            q = load_tile(q_ptr + at, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+            k = load_tile(k_ptr + at, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+            v = load_tile(v_ptr + at, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+            q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
+            k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
+            v = as_operand(v, v.dtype, PRECISION)
+            logits = tile_logits(
+                q, k, bias_tile, scale, mask_ptr, image, tokens, tokens, num_masks,
+                ACC, PRECISION, WINDOW_AREA, HAS_MASK,
+            )  # fmt: skip
+            row_max = tl.max(logits, axis=1)  # n
+            p = exp_from(logits, row_max)  # n n
+            inverse_sum = 1.0 / tl.sum(p, axis=1)  # n
+            p = as_operand(p, v.dtype, PRECISION)
+            out = tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC) * inverse_sum[:, None]  # n d
+            store_tile(out_ptr + tl.cast(image, tl.int64) * H * W * C, out, pixels * C, in_map, HEAD_DIM, BLOCK_D)
+            if SAVE_STATS:
+                window = tl.cast(image, tl.int64) * num_positions + position
+                store_stats(stats_ptr, row_max, inverse_sum, window, head, tokens, num_heads, WINDOW_AREA)
+
+
+@triton.jit
+def forward_tiled_kernel(
+    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, logit_scale_ptr, out_ptr, stats_ptr,
+    stride_b, stride_h, stride_w, stride_head,
+    H, W, windows_w, num_positions, num_images, num_masks, num_heads, scale,
+    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col, shares, multiprocessors,
+    HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
+    COSINE: tl.constexpr, SAVE_STATS: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Larger windows: a loop over key tiles with an online softmax, for two images at a time where PAIRED, which
+    share the bias tile and the addresses. See `placed_program` for the grid."""
+    WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
+    IMAGES: tl.constexpr = 2 if PAIRED else 1
+    slot, share = placed_program(shares, multiprocessors)
+    if slot >= num_heads * tl.cdiv(WINDOW_AREA, BLOCK_M):
+        return
+    head = slot % num_heads
+    rows = slot // num_heads * BLOCK_M + tl.arange(0, BLOCK_M)  # m
     cols = tl.arange(0, BLOCK_N)  # n
     C = num_heads * HEAD_DIM
     q_ptr += head * stride_head
@@ -31,75 +112,114 @@ def forward_kernel(
     q_pad_ptr = pad_ptr + head * HEAD_DIM
     k_pad_ptr = q_pad_ptr + C
     v_pad_ptr = k_pad_ptr + C
-    if WINDOW_AREA <= BLOCK_N:
-        bias_tile = load_bias_tile(bias_ptr, head, rows, cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
+    scale = load_scale(scale, logit_scale_ptr, head, ACC, COSINE)
 
-    for window in range(tl.program_id(1), num_windows, tl.num_programs(1)):
-        image, q_offsets, q_pixels, q_region, q_in_window, q_in_map = locate_tokens(
-            window, rows, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
-            cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
+    groups = tl.cdiv(num_images, IMAGES)
+    first, last = share_of(num_positions * groups, share, shares)
+    for unit in range(first, last):
+        position = unit // groups
+        image = unit % groups * IMAGES
+        # The last of an odd number of images is its own pair: it writes the same values twice.
+        pair = tl.minimum(image + IMAGES - 1, num_images - 1)
+        cut = window_cut(position, windows_w, cut_window_h, cut_window_w)
+        q_offsets, q_pixels, q_in_window, q_in_map = locate_tokens(
+            position, here(rows, position), stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
+            WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
         q = load_tile(
-            q_ptr + image * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD, PRECISION
-        )  # m d
+            q_ptr + tl.cast(image, tl.int64) * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr,
+            HEAD_DIM, BLOCK_D, HAS_PAD,
+        )  # m d  # fmt: skip
+        q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)  # m
         row_sum = tl.zeros([BLOCK_M], dtype=ACC)  # m
         out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
+        if PAIRED:
+            pair_q = load_tile(
+                q_ptr + tl.cast(pair, tl.int64) * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr,
+                HEAD_DIM, BLOCK_D, HAS_PAD,
+            )  # m d  # fmt: skip
+            pair_q, _ = query_key_operand(pair_q, ACC, PRECISION, COSINE)
+            pair_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)  # m
+            pair_sum = tl.zeros([BLOCK_M], dtype=ACC)  # m
+            pair_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
 
         for start in range(0, WINDOW_AREA, BLOCK_N):
-            image, k_offsets, k_pixels, k_region, k_in_window, k_in_map = locate_tokens(
-                window, start + cols, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
-                cut_window_h, cut_window_w, cut_row, cut_col, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
+            k_offsets, k_pixels, k_in_window, k_in_map = locate_tokens(
+                position, start + cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
+                WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
             )  # fmt: skip
-            k = load_tile(
-                k_ptr + image * stride_b,
-                k_offsets,
-                k_in_window,
-                k_in_map,
-                k_pad_ptr,
-                HEAD_DIM,
-                BLOCK_D,
-                HAS_PAD,
-                PRECISION,
-            )  # n d
-            v = load_tile(
-                v_ptr + image * stride_b,
-                k_offsets,
-                k_in_window,
-                k_in_map,
-                v_pad_ptr,
-                HEAD_DIM,
-                BLOCK_D,
-                HAS_PAD,
-                PRECISION,
-            )  # n d
-            if WINDOW_AREA > BLOCK_N:
-                bias_tile = load_bias_tile(bias_ptr, head, rows, start + cols, ACC, WINDOW_AREA, HAS_BIAS)  # m n
-            logits = tile_logits(
-                q, k, bias_tile, q_region, k_region, scale, mask_ptr, window, rows, start + cols, num_mask_windows,
-                ACC, PRECISION, WINDOW_AREA, IS_SHIFTED, HAS_MASK,
+            bias_tile = load_bias_tile(
+                bias_ptr, head, here(rows, start * num_heads), here(start + cols, start * num_heads),
+                cut, cut_row, cut_col,
+                ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
             )  # fmt: skip
+            out, row_max, row_sum = attend_key_tile(
+                q, out, row_max, row_sum, k_ptr, v_ptr, k_offsets, k_in_window, k_in_map, k_pad_ptr, v_pad_ptr,
+                bias_tile, scale, mask_ptr, image, stride_b, rows, start + cols, num_masks,
+                HEAD_DIM, BLOCK_D, WINDOW_AREA, HAS_MASK, HAS_PAD, COSINE, ACC, PRECISION,
+            )  # fmt: skip
+            if PAIRED:
+                pair_out, pair_max, pair_sum = attend_key_tile(
+                    pair_q, pair_out, pair_max, pair_sum, k_ptr, v_ptr, k_offsets, k_in_window, k_in_map,
+                    k_pad_ptr, v_pad_ptr, bias_tile, scale, mask_ptr, pair, stride_b, rows, start + cols, num_masks,
+                    HEAD_DIM, BLOCK_D, WINDOW_AREA, HAS_MASK, HAS_PAD, COSINE, ACC, PRECISION,
+                )  # fmt: skip
 
-            tile_max = tl.max(logits, axis=1)  # m
-            if WINDOW_AREA <= BLOCK_N:  # every key is in this tile
-                row_max = tile_max
-                p = tl.exp2(logits - row_max[:, None])  # m n
-                row_sum = tl.sum(p, axis=1)
-                p = as_operand(p, v.dtype, PRECISION)
-                out = tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
-            else:
-                new_max = tl.maximum(row_max, tile_max)  # m
-                # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
-                origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
-                p = tl.exp2(logits - origin[:, None])  # m n
-                rescale = tl.exp2(row_max - origin)  # m
-                row_sum = row_sum * rescale + tl.sum(p, axis=1)
-                p = as_operand(p, v.dtype, PRECISION)
-                out = out * rescale[:, None] + tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
-                row_max = new_max
-
-        store_tile(
-            out_ptr + image * H * W * C, out * (1.0 / row_sum)[:, None], q_pixels * C, q_in_map, HEAD_DIM, BLOCK_D
+        # Found once more: kept through the loop they would take the registers of a whole program.
+        q_offsets, q_pixels, q_in_window, q_in_map = locate_tokens(
+            position, here(rows, unit), stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
+            WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
-        if SAVE_STATS:
-            store_stats(stats_ptr, row_max, 1.0 / row_sum, window, head, rows, num_heads, WINDOW_AREA)
+        finish_rows(
+            out, row_max, row_sum, out_ptr, stats_ptr, image, num_positions, position, head, rows,
+            q_pixels, q_in_map, H, W, num_heads, HEAD_DIM, BLOCK_D, WINDOW_AREA, SAVE_STATS,
+        )  # fmt: skip
+        if PAIRED:
+            finish_rows(
+                pair_out, pair_max, pair_sum, out_ptr, stats_ptr, pair, num_positions, position, head, rows,
+                q_pixels, q_in_map, H, W, num_heads, HEAD_DIM, BLOCK_D, WINDOW_AREA, SAVE_STATS,
+            )  # fmt: skip
+
+
+@triton.jit
+def attend_key_tile(
+    q, out, row_max, row_sum, k_ptr, v_ptr, offsets, in_window, in_map, k_pad_ptr, v_pad_ptr,
+    bias_tile, scale, mask_ptr, image, stride_b, rows, cols, num_masks,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_AREA: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, COSINE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: (out [m, d], row_max [m], row_sum [m]) with the keys of one tile taken in."""
+    at = tl.cast(image, tl.int64) * stride_b
+    k = load_tile(k_ptr + at, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+    v = load_tile(v_ptr + at, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+    k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
+    v = as_operand(v, v.dtype, PRECISION)
+    logits = tile_logits(
+        q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks, ACC, PRECISION, WINDOW_AREA, HAS_MASK
+    )
+    new_max = tl.maximum(row_max, tl.max(logits, axis=1))  # m
+    # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
+    origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
+    p = exp_from(logits, origin)  # m n
+    rescale = tl.exp(row_max - origin)  # m
+    row_sum = row_sum * rescale + tl.sum(p, axis=1)
+    p = as_operand(p, v.dtype, PRECISION)
+    out = out * rescale[:, None] + tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
+    return out, new_max, row_sum
+
+
+@triton.jit
+def finish_rows(
+    out, row_max, row_sum, out_ptr, stats_ptr, image, num_positions, position, head, rows,
+    pixels, in_map, H, W, num_heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_AREA: tl.constexpr, SAVE_STATS: tl.constexpr,
+):  # fmt: skip
+    """Divide by the sums and write the output and, if wanted, the stats."""
+    C = num_heads * HEAD_DIM
+    inverse_sum = 1.0 / row_sum  # m
+    image = tl.cast(image, tl.int64)
+    store_tile(out_ptr + image * H * W * C, out * inverse_sum[:, None], pixels * C, in_map, HEAD_DIM, BLOCK_D)
+    if SAVE_STATS:
+        window = image * num_positions + position
+        store_stats(stats_ptr, row_max, inverse_sum, window, head, rows, num_heads, WINDOW_AREA)

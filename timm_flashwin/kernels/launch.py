@@ -13,7 +13,8 @@ import triton.language as tl
 from ..geometry import num_windows, shift_cut
 from . import ONE_TILE_AREA, needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
-from .forward import forward_kernel
+from .forward import forward_kernel, forward_tiled_kernel
+from .primitives import MAX_LOGIT_SCALE
 
 # TRITON_INTERPRET=1 was set when the kernels were defined: they run in Triton's interpreter, on CPU tensors.
 INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
@@ -27,12 +28,17 @@ class Settings(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_sm: int  # how many programs share the windows, per multiprocessor
+    max_registers: int | None = None  # a thread; NVIDIA's compiler alone takes it
+    images: int = 1  # one program takes at a time
 
-    def options(self) -> dict:
+    def options(self, device: torch.device) -> dict:
         """As a kernel takes them."""
-        return dict(
+        options = dict(
             BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages
         )  # fmt: skip
+        if self.max_registers is not None and isinstance(_target_arch(device), int):
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 def block_d(head_dim: int) -> int:
@@ -45,43 +51,67 @@ def _token_bytes(head_dim: int, dtype: torch.dtype) -> int:
     return block_d(head_dim) * dtype.itemsize
 
 
-def forward_settings(window_area: int, head_dim: int, dtype: torch.dtype, is_shifted: bool) -> Settings:
-    """Settings of `forward_kernel`."""
+def forward_settings(
+    window_area: int, head_dim: int, dtype: torch.dtype, cosine: bool, device: torch.device
+) -> Settings:  # fmt: skip
+    """Settings of `forward_kernel`, or of `forward_tiled_kernel` for larger windows."""
     token_bytes = _token_bytes(head_dim, dtype)
     if window_area <= ONE_TILE_AREA:
         block = max(16, triton.next_power_of_2(window_area))
+        warps = 8 if token_bytes > 256 else 4
+        if window_area == block and not cosine:
+            # A full tile has nothing to mask: with a little help a fourth program finds its registers.
+            stages = 2 if token_bytes <= 64 else 1
+            return Settings(block, block, warps, stages, programs_per_sm=4, max_registers=128 if warps == 4 else None)
         # Small tokens leave shared memory to fetch the next windows ahead of time; wide ones would crowd out programs.
-        stages = 3 if token_bytes <= 64 else 1
-        # As many programs as a multiprocessor holds at once, so that all are one wave: the mask's registers cost one.
-        programs = 3 if is_shifted else 4
-        return Settings(
-            block, block, num_warps=8 if token_bytes > 256 else 4, num_stages=stages, programs_per_sm=programs
-        )  # fmt: skip
-    # Narrow key tiles waste little of a window that is no power of two (144, 196); from 24x24 on wide ones win.
-    block_n = 64 if window_area > 256 and token_bytes <= 128 else 32
-    return Settings(32 if token_bytes > 256 else 64, block_n, num_warps=4, num_stages=1, programs_per_sm=8)
+        return Settings(block, block, warps, num_stages=3 if token_bytes <= 64 else 1, programs_per_sm=3)
+    if not _has_wgmma(device):  # both operands of a product take registers: two images at a time would spill
+        block_n = 64 if window_area > 256 and token_bytes <= 128 and not cosine else 32
+        block_m = 32 if token_bytes > 256 else 64
+        # Left alone, the compiler spills a few registers to fit one more program in.
+        return Settings(block_m, block_n, num_warps=4, num_stages=1, programs_per_sm=8, max_registers=255)
+    if token_bytes > 64:
+        return Settings(32 if token_bytes > 256 else 64, 32, num_warps=4, num_stages=1, programs_per_sm=8)
+    # Two images share the bias tile, the mask and the addresses. With the norms to work out meanwhile a fourth program
+    # serves better than fetching ahead.
+    if cosine:
+        return Settings(64, 32, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=128, images=2)
+    return Settings(64, 32, num_warps=4, num_stages=2, programs_per_sm=3, max_registers=168, images=2)
 
 
-def backward_settings(window_area: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Settings:
+def backward_settings(
+    window_area: int, head_dim: int, dtype: torch.dtype, cosine: bool, device: torch.device
+) -> Settings:  # fmt: skip
     """Settings of `backward_kernel`, or of the first two of the three kernels of larger windows."""
     token_bytes = _token_bytes(head_dim, dtype)
     if not needs_stats(window_area, head_dim, dtype):
         block = max(16, triton.next_power_of_2(window_area))
         # Four warps keep four 64x64 float32 tiles in registers; wide tokens beside them need eight. Fetching ahead pays
         # where the tensor cores read from shared memory (wgmma); elsewhere its registers are spilled ones.
-        stages = 3 if token_bytes <= 64 and _target_arch(device) == 90 else 1
+        wgmma = _has_wgmma(device)
+        warps = 8 if token_bytes > 128 else 4
         # Two programs are what a multiprocessor holds of this kernel: one wave, each walking through its windows.
-        return Settings(block, block, num_warps=8 if token_bytes > 128 else 4, num_stages=stages, programs_per_sm=2)
+        return Settings(block, block, warps, num_stages=3 if token_bytes <= 64 and wgmma else 1, programs_per_sm=2)
     if token_bytes > 256:
         return Settings(32, 32, num_warps=4, num_stages=1, programs_per_sm=4)
-    # Without wgmma both operands of a product take registers: a 64x64 tile would spill.
-    block_m = 64 if _target_arch(device) == 90 else 32
-    return Settings(block_m, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
+    if not _has_wgmma(device):  # a 64x64 tile would spill
+        block_n = 32 if token_bytes > 128 or cosine else 64
+        return Settings(32, block_n, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
+    if token_bytes > 64:
+        return Settings(64, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
+    return Settings(64, 64, num_warps=4, num_stages=1, programs_per_sm=3, max_registers=168)
 
 
-def dbias_settings(window_area: int, head_dim: int, dtype: torch.dtype) -> Settings:
+def dbias_settings(head_dim: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """Settings of `backward_dbias_kernel`, which holds a tile of the bias and one of its gradient all the time."""
-    return Settings(32 if _token_bytes(head_dim, dtype) > 256 else 64, 32, num_warps=4, num_stages=1, programs_per_sm=4)
+    token_bytes = _token_bytes(head_dim, dtype)
+    if token_bytes > 64 or not _has_wgmma(device):
+        return Settings(32 if token_bytes > 256 else 64, 32, num_warps=4, num_stages=1, programs_per_sm=4)
+    return Settings(64, 32, num_warps=4, num_stages=3, programs_per_sm=4, max_registers=128)
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    return _target_arch(device) == 90
 
 
 @functools.cache
@@ -107,9 +137,14 @@ class Call(NamedTuple):
     bias: torch.Tensor | None  # [num_heads, N, N]
     mask: torch.Tensor | None  # [nW, N, N]
     pad_qkv: torch.Tensor | None  # [3 * num_heads * head_dim]
+    logit_scale: torch.Tensor | None  # [num_heads]: cosine attention, and scale is not used
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
     scale: float
+
+    @property
+    def cosine(self) -> bool:
+        return self.logit_scale is not None
 
     @property
     def window_area(self) -> int:
@@ -117,10 +152,12 @@ class Call(NamedTuple):
 
     @property
     def windows(self) -> tuple[int, int]:
+        """How many windows an image has along each axis."""
         return num_windows(self.q.shape[1:3], self.window_size)
 
     @property
     def num_windows(self) -> int:
+        """Of all images."""
         return self.q.shape[0] * self.windows[0] * self.windows[1]
 
     @property
@@ -140,17 +177,17 @@ class Call(NamedTuple):
             q_ptr=q, k_ptr=k, v_ptr=v, pad_ptr=self.pads(),
             bias_ptr=q if self.bias is None else self.bias.contiguous(),
             mask_ptr=q if self.mask is None else self.mask.contiguous(),
+            logit_scale_ptr=q if self.logit_scale is None else self.logit_scale.contiguous(),
             stride_b=q.stride(0), stride_h=q.stride(1), stride_w=q.stride(2), stride_head=q.stride(3),
         )  # fmt: skip
 
     def scalars(self) -> dict:
-        _, H, W, num_heads, _ = self.q.shape
+        B, H, W, num_heads, _ = self.q.shape
         rows, cols = self.windows
         cut_h, cut_w = shift_cut((H, W), self.window_size, self.shift_size)
         return dict(
-            H=H, W=W, windows_h=rows, windows_w=cols, num_windows=self.num_windows,
-            num_mask_windows=1 if self.mask is None else self.mask.shape[0],
-            num_heads=num_heads, scale=self.scale,
+            H=H, W=W, windows_w=cols, num_positions=rows * cols, num_images=B,
+            num_masks=1 if self.mask is None else self.mask.shape[0], num_heads=num_heads, scale=self.scale,
             # A roll by more than the map wraps around; the cut is made by the shift as given.
             roll_h=self.shift_size[0] % H, roll_w=self.shift_size[1] % W,
             cut_window_h=cut_h[0], cut_row=cut_h[1], cut_window_w=cut_w[0], cut_col=cut_w[1],
@@ -162,15 +199,22 @@ class Call(NamedTuple):
         return dict(
             HEAD_DIM=head_dim, WINDOW_H=self.window_size[0], WINDOW_W=self.window_size[1], BLOCK_D=block_d(head_dim),
             HAS_BIAS=self.bias is not None, HAS_MASK=self.mask is not None, HAS_PAD=self.has_pad,
-            IS_SHIFTED=any(self.shift_size),
+            IS_SHIFTED=any(self.shift_size), COSINE=self.cosine,
             ACC=tl.float64 if self.q.dtype == torch.float64 else tl.float32, PRECISION=dot_precision(self.q.dtype),
             OFFSET=tl.int32 if image_extent < 2**31 else tl.int64,
         )  # fmt: skip
 
-    def programs(self, programs_a_window: int, settings: Settings) -> int:
-        """How many programs share the windows, where each window needs `programs_a_window` of them."""
-        wanted = _multiprocessors(self.q.device) * settings.programs_per_sm
-        return max(1, min(self.num_windows, wanted // programs_a_window))
+    def shares(self, pinned: int, settings: Settings) -> int:
+        """Into how many shares the windows are cut, where each takes `pinned` programs: all of them are one wave."""
+        programs = _multiprocessors(self.q.device) * settings.programs_per_sm
+        return max(1, min(self.num_windows, programs // pinned))
+
+    def placed_grid(self, pinned: int, settings: Settings) -> tuple[tuple[int], dict]:
+        """(grid, what `placed_program` takes) for `pinned` programs a share, counting from multiprocessor to
+        multiprocessor."""
+        shares, multiprocessors = self.shares(pinned, settings), _multiprocessors(self.q.device)
+        layers = triton.cdiv(pinned * shares, multiprocessors)
+        return (multiprocessors * layers,), dict(shares=shares, multiprocessors=multiprocessors)
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -195,12 +239,17 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> None:
     """Fill `out`, a contiguous map [B, H, W, num_heads * head_dim], and, if given, `stats` [B*nW, num_heads, N, 2]."""
-    settings = forward_settings(call.window_area, call.q.shape[4], call.q.dtype, any(call.shift_size))
-    heads_and_tiles = call.q.shape[3] * triton.cdiv(call.window_area, settings.block_m)
-    forward_kernel[(heads_and_tiles, call.programs(heads_and_tiles, settings))](
+    num_heads, head_dim = call.q.shape[3:]
+    settings = forward_settings(call.window_area, head_dim, call.q.dtype, call.cosine, call.q.device)
+    arguments = dict(
         **call.pointers(), out_ptr=out, stats_ptr=out if stats is None else stats, **call.scalars(), **call.constants(),
-        **settings.options(), SAVE_STATS=stats is not None,
+        **settings.options(call.q.device), SAVE_STATS=stats is not None,
     )  # fmt: skip
+    if call.window_area <= settings.block_n:
+        forward_kernel[(num_heads, call.shares(num_heads, settings))](**arguments)
+    else:
+        grid, placed = call.placed_grid(num_heads * triton.cdiv(call.window_area, settings.block_m), settings)
+        forward_tiled_kernel[grid](**arguments, **placed, PAIRED=settings.images == 2 and call.q.shape[0] > 1)
 
 
 def launch_backward(
@@ -213,8 +262,10 @@ def launch_backward(
     dv: torch.Tensor,
     need_dbias: bool,
     need_dpad: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Fill dq, dk, dv; return dbias [num_heads, N, N] and dpad_qkv [3 * num_heads * head_dim] where needed.
+    need_dlogit_scale: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Fill dq, dk, dv; return dbias [num_heads, N, N], dpad_qkv [3 * num_heads * head_dim] and dlogit_scale [num_heads]
+    where needed.
 
     `do` and `out` are contiguous maps [B, H, W, num_heads * head_dim]; `out` and `stats` are read only where
     `needs_stats` says so. dq, dk and dv [B, H, W, num_heads, head_dim] have the strides of one another, and
@@ -223,59 +274,69 @@ def launch_backward(
     num_heads, head_dim = call.q.shape[3:]
     shared = dict(**call.pointers(), do_ptr=do, **call.scalars(), **call.constants())
     grads = dict(dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, grad_stride=dq.stride(2))
-    need_dpad_sums = need_dpad and call.has_pad
+    needed = need_dbias, need_dpad and call.has_pad, need_dlogit_scale
     if needs_stats(call.window_area, head_dim, call.q.dtype):
         shared.update(stats_ptr=stats, delta_ptr=torch.empty_like(stats[..., 0]))
-        dbias, dpad = _launch_tiled_backward(call, shared, grads, out, need_dbias, need_dpad_sums)
+        dbias, dpad, dlogit_scale = _launch_tiled_backward(call, shared, grads, out, *needed)
     else:
-        dbias, dpad = _launch_one_tile_backward(call, shared, grads, need_dbias, need_dpad_sums)
+        dbias, dpad, dlogit_scale = _launch_one_tile_backward(call, shared, grads, *needed)
 
     dpad_qkv = None
     if need_dpad:
         dpad_qkv = do.new_zeros(3 * num_heads * head_dim, dtype=call.acc_dtype)
-        if need_dpad_sums:
+        if call.has_pad:
             dpad_qkv[num_heads * head_dim :] = dpad.sum(dim=0).flatten()  # a padded query has no gradient
-    return dbias.sum(dim=0) if need_dbias else None, dpad_qkv
+    if need_dlogit_scale:
+        dlogit_scale = dlogit_scale.sum(dim=0) * (call.logit_scale <= MAX_LOGIT_SCALE.value)
+    return dbias.sum(dim=0) if need_dbias else None, dpad_qkv, dlogit_scale if need_dlogit_scale else None
 
 
-def _launch_one_tile_backward(call: Call, shared: dict, grads: dict, need_dbias: bool, need_dpad: bool):
-    """Partial sums of dbias and dpad."""
+def _launch_one_tile_backward(
+    call: Call, shared: dict, grads: dict, need_dbias: bool, need_dpad: bool, need_dlogit_scale: bool
+):
+    """Partial sums of dbias, dpad and dlogit_scale."""
     N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
-    settings = backward_settings(N, head_dim, call.q.dtype, call.q.device)
-    programs = call.programs(num_heads, settings)
-    dbias = call.partial_sums(need_dbias, programs, num_heads, N, N)
-    dpad = call.partial_sums(need_dpad, programs, 2, num_heads * head_dim)
-    backward_kernel[(num_heads, programs)](
-        **shared, **grads, dbias_ptr=dbias, dpad_ptr=dpad, NEED_DBIAS=need_dbias, NEED_DPAD=need_dpad,
-        **settings.options(),
+    settings = backward_settings(N, head_dim, call.q.dtype, call.cosine, call.q.device)
+    shares = call.shares(num_heads, settings)
+    dbias = call.partial_sums(need_dbias, shares, num_heads, N, N)
+    dpad = call.partial_sums(need_dpad, shares, 2, num_heads * head_dim)
+    dlogit_scale = call.partial_sums(need_dlogit_scale, shares, num_heads)
+    backward_kernel[(num_heads, shares)](
+        **shared, **grads, dbias_ptr=dbias, dpad_ptr=dpad, dlogit_scale_ptr=dlogit_scale,
+        NEED_DBIAS=need_dbias, NEED_DPAD=need_dpad, NEED_DLOGIT_SCALE=need_dlogit_scale,
+        **settings.options(call.q.device),
     )  # fmt: skip
-    return dbias, dpad
+    return dbias, dpad, dlogit_scale
 
 
-def _launch_tiled_backward(call: Call, shared: dict, grads: dict, out, need_dbias: bool, need_dpad: bool):
-    """Partial sums of dbias and dpad. The kernels run in this order: the first leaves delta to the other two."""
+def _launch_tiled_backward(
+    call: Call, shared: dict, grads: dict, out, need_dbias: bool, need_dpad: bool, need_dlogit_scale: bool
+):
+    """Partial sums of dbias, dpad and dlogit_scale. The kernels run in this order: the first leaves delta to the other
+    two."""
     N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
-    settings = backward_settings(N, head_dim, call.q.dtype, call.q.device)
-    programs_a_window = num_heads * triton.cdiv(N, settings.block_m)
-    programs = call.programs(programs_a_window, settings)
-    backward_dq_kernel[(programs_a_window, programs)](
-        **shared, out_ptr=out, dq_ptr=grads["dq_ptr"], grad_stride=grads["grad_stride"], **settings.options()
-    )
+    settings = backward_settings(N, head_dim, call.q.dtype, call.cosine, call.q.device)
+    query_tiles, key_tiles = triton.cdiv(N, settings.block_m), triton.cdiv(N, settings.block_n)
 
-    key_tiles = triton.cdiv(N, settings.block_n)
-    programs_a_window = num_heads * key_tiles
-    programs = call.programs(programs_a_window, settings)
-    dpad = call.partial_sums(need_dpad, programs * key_tiles, 2, num_heads * head_dim)
-    backward_dkdv_kernel[(programs_a_window, programs)](
-        **shared, dk_ptr=grads["dk_ptr"], dv_ptr=grads["dv_ptr"], grad_stride=grads["grad_stride"],
-        dpad_ptr=dpad, NEED_DPAD=need_dpad, **settings.options(),
+    grid, placed = call.placed_grid(num_heads * query_tiles, settings)
+    dlogit_scale = call.partial_sums(need_dlogit_scale, query_tiles * placed["shares"], num_heads)
+    backward_dq_kernel[grid](
+        **shared, out_ptr=out, dq_ptr=grads["dq_ptr"], grad_stride=grads["grad_stride"], **placed,
+        dlogit_scale_ptr=dlogit_scale, NEED_DLOGIT_SCALE=need_dlogit_scale, **settings.options(call.q.device),
     )  # fmt: skip
 
+    grid, placed = call.placed_grid(num_heads * key_tiles, settings)
+    dpad = call.partial_sums(need_dpad, key_tiles * placed["shares"], 2, num_heads * head_dim)
+    backward_dkdv_kernel[grid](
+        **shared, dk_ptr=grads["dk_ptr"], dv_ptr=grads["dv_ptr"], grad_stride=grads["grad_stride"], **placed,
+        dpad_ptr=dpad, NEED_DPAD=need_dpad, **settings.options(call.q.device),
+    )  # fmt: skip
     if not need_dbias:
-        return None, dpad
-    settings = dbias_settings(N, head_dim, call.q.dtype)
-    programs_a_window = num_heads * triton.cdiv(N, settings.block_m) * triton.cdiv(N, settings.block_n)
-    programs = call.programs(programs_a_window, settings)
-    dbias = call.partial_sums(True, programs, num_heads, N, N)
-    backward_dbias_kernel[(programs_a_window, programs)](**shared, dbias_ptr=dbias, **settings.options())
-    return dbias, dpad
+        return None, dpad, dlogit_scale
+
+    settings = dbias_settings(head_dim, call.q.dtype, call.q.device)
+    pinned = num_heads * triton.cdiv(N, settings.block_m) * triton.cdiv(N, settings.block_n)
+    shares = call.shares(pinned, settings)
+    dbias = call.partial_sums(True, shares, num_heads, N, N)
+    backward_dbias_kernel[(pinned, shares)](**shared, dbias_ptr=dbias, **settings.options(call.q.device))
+    return dbias, dpad, dlogit_scale

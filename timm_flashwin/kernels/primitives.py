@@ -1,11 +1,12 @@
-"""What the forward and backward kernels share: token addresses, tile loads and the logits of one tile.
+"""What the forward and backward kernels share: who does what, token addresses, tile loads and the logits of one tile.
 
 Every kernel sees q, k and v as views [B, H, W, num_heads, head_dim] that share their strides, the last of which is 1.
 A windowed tensor [B_, num_heads, N, head_dim] is the map [B_, N, 1, num_heads, head_dim] with windows of
-(N, 1), so one pair of kernels serves both public functions. Outputs are contiguous maps.
+(N, 1), so one set of kernels serves both public functions. Outputs are contiguous maps.
 
-A program is pinned to one head (and one tile of queries and/or keys) and walks over windows. The bias tile it needs
-is therefore loaded once, and what it contributes to the bias gradient stays in registers until the walk ends.
+A position is a window's place in the map, the same in every image. A program is pinned to one head (and one tile of
+queries and/or keys), takes one position after the other and, at each, walks through the images: addresses, padding,
+bias and mask are those of the position, so they are worked out once and the walk only loads, multiplies and stores.
 
 Shapes stand at the end of the line: m and n are query and key tokens of a tile, d the channels of a head.
 """
@@ -13,33 +14,64 @@ Shapes stand at the end of the line: m and n are query and key tokens of a tile,
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # softmax runs on exp2: logits are kept in units of log 2
-MASK_LOG2 = tl.constexpr(-100.0 * 1.4426950408889634)  # geometry.MASK_VALUE in those units
+LOG2E = tl.constexpr(1.4426950408889634)
+MASK_VALUE = tl.constexpr(-100.0)  # geometry.MASK_VALUE
+NORM_EPS = tl.constexpr(1e-12)  # reference.NORM_EPS
+MAX_LOGIT_SCALE = tl.constexpr(4.605170185988092)  # reference.MAX_LOGIT_SCALE, log 100
+
+
+@triton.jit
+def share_of(units, program, programs):
+    """What of `units` is this program's: [first, last)."""
+    each = units // programs
+    rest = units % programs
+    first = program * each + tl.minimum(program, rest)
+    return first, first + each + (program < rest).to(tl.int32)
+
+
+@triton.jit
+def placed_program(shares, multiprocessors):
+    """(what this program is pinned to, its share of the windows), for a grid of (multiprocessors * programs on each).
+
+    Programs are handed to the multiprocessors in turn. Numbering them so that those of one multiprocessor come one
+    after the other lets them share the rows of the bias that they walk over, in its cache.
+    """
+    program = tl.program_id(0)
+    layers = tl.num_programs(0) // multiprocessors
+    number = program % multiprocessors * layers + program // multiprocessors
+    return number // shares, number % shares
+
+
+@triton.jit
+def window_cut(position, windows_w, cut_window_h, cut_window_w):
+    """The axes along which the cut of the cyclic shift (geometry.shift_cut) runs through a window: 2 for h, 1 for w."""
+    cut_h = tl.cast(position // windows_w == cut_window_h, tl.int32)
+    return 2 * cut_h + tl.cast(position % windows_w == cut_window_w, tl.int32)
+
+
+@triton.jit
+def here(tokens, position):
+    """The `tokens` as they are, in a way that the compiler takes to depend on the position (which is never below 0).
+
+    Addresses of the bias and regions of the mask do not depend on it. Worked out ahead of the walk over positions, as
+    the compiler would, they take a hundred registers all along, where one more program could run.
+    """
+    return tokens + tl.minimum(position, 0)  # m
 
 
 @triton.jit
 def locate_tokens(
-    window, tokens, stride_h, stride_w, H, W, windows_h, windows_w, roll_h, roll_w,
-    cut_window_h, cut_window_w, cut_row, cut_col,
+    position, tokens, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, HAS_PAD: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Where the `tokens` of one window lie.
+    """Where the `tokens` of the window at `position` lie in an image.
 
-    Returns the image, the tokens' offsets in that image of q, k and v, their pixels y * W + x for the contiguous maps,
-    their region (geometry.shift_cut), whether they are the window's, and whether they are the map's: a padded token is
-    only the former.
+    Returns the tokens' offsets in q, k and v, their pixels y * W + x for the contiguous maps, whether they are the
+    window's, and whether they are the map's: a padded token is only the former.
     """
-    image = (window // (windows_h * windows_w)).to(tl.int64)
-    window_h = (window // windows_w) % windows_h
-    window_w = window % windows_w
-    row = tokens // WINDOW_W  # m, in the window
-    col = tokens % WINDOW_W  # m
     in_window = tokens < WINDOW_H * WINDOW_W  # m
-    # The cut runs through one row and one column of windows; the bits of all others are equal for all their tokens.
-    cut = 2 * (window_h == cut_window_h).to(tl.int32) + (window_w == cut_window_w).to(tl.int32)
-    region = (2 * (row >= cut_row).to(tl.int32) + (col >= cut_col).to(tl.int32)) & cut  # m
-    row += window_h * WINDOW_H  # m, in the rolled and padded map
-    col += window_w * WINDOW_W
+    row = tokens // WINDOW_W + position // windows_w * WINDOW_H  # m, in the rolled and padded map
+    col = tokens % WINDOW_W + position % windows_w * WINDOW_W  # m
     in_map = in_window
     if HAS_PAD:
         in_map = in_window & (row < H) & (col < W)
@@ -47,7 +79,7 @@ def locate_tokens(
     y = tl.where(y >= H, y - H, y).to(OFFSET)
     x = col + roll_w
     x = tl.where(x >= W, x - W, x).to(OFFSET)
-    return image, y * stride_h + x * stride_w, y * W + x, region, in_window, in_map
+    return y * stride_h + x * stride_w, y * W + x, in_window, in_map
 
 
 @triton.jit
@@ -67,9 +99,9 @@ def as_operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def load_tile(
     ptr, offsets, in_window, in_map, pad_ptr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Tokens at `offsets` as an operand [m, d]: a padded token is the row at `pad_ptr`, one outside the window is 0."""
+    """Tokens at `offsets`: [m, d]. A padded token is the row at `pad_ptr`, one outside the window is 0."""
     channels = tl.arange(0, BLOCK_D)  # d
     loaded = in_map[:, None]  # m 1
     if HEAD_DIM < BLOCK_D:
@@ -78,7 +110,45 @@ def load_tile(
     if HAS_PAD:
         pad = tl.load(pad_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tile.dtype)  # d
         tile = tl.where((in_window & (in_map == 0))[:, None], pad[None, :], tile)
-    return as_operand(tile, ptr.dtype.element_ty, PRECISION)  # m d
+    return tile  # m d
+
+
+@triton.jit
+def query_key_operand(tile, ACC: tl.constexpr, PRECISION: tl.constexpr, COSINE: tl.constexpr):
+    """q or k as an operand [m, d], and what it was multiplied by: [m].
+
+    That is 1, or for cosine attention 1 / max(|token|, eps), as torch.nn.functional.normalize divides.
+    """
+    inverse_norm = tl.full([tile.shape[0]], 1.0, dtype=ACC)  # m
+    operand = tile
+    if COSINE:
+        wide = tile.to(ACC)
+        inverse_norm = tl.rsqrt(tl.maximum(tl.sum(wide * wide, axis=1), NORM_EPS * NORM_EPS))
+        operand = wide * inverse_norm[:, None]
+    return as_operand(operand, tile.dtype, PRECISION), inverse_norm
+
+
+@triton.jit
+def through_norm(grad, operand, inverse_norm, ACC: tl.constexpr, COSINE: tl.constexpr):
+    """The gradient of q or k [m, d] from that of its `operand`, and the part of the latter along the operand: [m].
+
+    For u = x / max(|x|, eps) that is (du - u (u . du)) / |x|, and du / eps where |x| is below (autograd of clamp_min).
+    """
+    along = tl.zeros([grad.shape[0]], dtype=ACC)
+    if COSINE:
+        unit = operand.to(ACC)  # m d
+        along = tl.sum(unit * grad, axis=1)  # m
+        removed = tl.where(inverse_norm < 0.999 / NORM_EPS, along, 0.0)
+        grad = (grad - unit * removed[:, None]) * inverse_norm[:, None]
+    return grad, along
+
+
+@triton.jit
+def load_scale(scale, logit_scale_ptr, head, ACC: tl.constexpr, COSINE: tl.constexpr):
+    """The factor on q @ k^T: `scale`, or exp(min(logit_scale, log 100)) of the head."""
+    if COSINE:
+        return tl.exp(tl.minimum(tl.load(logit_scale_ptr + head).to(ACC), MAX_LOGIT_SCALE))
+    return scale
 
 
 @triton.jit
@@ -93,47 +163,69 @@ def store_tile(ptr, tile, offsets, in_map, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def load_bias_tile(
-    bias_ptr, head, rows, cols, ACC: tl.constexpr, WINDOW_AREA: tl.constexpr, HAS_BIAS: tl.constexpr
+    bias_ptr, head, rows, cols, cut, cut_row, cut_col,
+    ACC: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """The bias of one head between query `rows` and key `cols`, in units of log 2: [m, n].
-
-    Keys past the window's end are -inf here, once, so that no loop over windows has to mask them again.
+    """What is added to the logits of one head between query `rows` and key `cols` of a window: the bias, the mask
+    between tokens that only the roll made neighbours, and -inf for keys past the window's end: [m, n].
     """
-    in_window = (rows < WINDOW_AREA)[:, None] & (cols < WINDOW_AREA)[None, :]  # m n
-    bias = tl.zeros(in_window.shape, dtype=ACC)
+    WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
+    in_window = (cols < WINDOW_AREA)[None, :]  # 1 n
     if HAS_BIAS:
-        offsets = (head * WINDOW_AREA + rows[:, None]) * WINDOW_AREA + cols[None, :]  # m n
-        bias = tl.load(bias_ptr + offsets, mask=in_window, other=0.0).to(ACC) * LOG2E
-    return tl.where((cols < WINDOW_AREA)[None, :], bias, float("-inf"))  # m n
+        # Rows past the end are the last one again: they are dropped in the end, and need no mask of their own here.
+        offsets = (head * WINDOW_AREA + tl.minimum(rows, WINDOW_AREA - 1)[:, None]) * WINDOW_AREA + cols[None, :]  # m n
+        if WINDOW_AREA % BLOCK_N == 0:
+            tile = tl.load(bias_ptr + offsets).to(ACC)
+        else:
+            tile = tl.load(bias_ptr + offsets, mask=in_window, other=float("-inf")).to(ACC)
+    else:
+        tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC) + tl.where(in_window, 0.0, float("-inf"))
+    if IS_SHIFTED:
+        if cut != 0:
+            row_region = token_region(rows, cut, cut_row, cut_col, WINDOW_W)  # m
+            col_region = token_region(cols, cut, cut_row, cut_col, WINDOW_W)  # n
+            tile += tl.where(row_region[:, None] != col_region[None, :], MASK_VALUE, 0.0)
+    return tile  # m n
+
+
+@triton.jit
+def token_region(tokens, cut, cut_row, cut_col, WINDOW_W: tl.constexpr):
+    """geometry.region_ids of the `tokens` of one window, as far as they differ in it: [m]."""
+    region = 2 * (tokens // WINDOW_W >= cut_row).to(tl.int32) + (tokens % WINDOW_W >= cut_col).to(tl.int32)
+    return region & cut
 
 
 @triton.jit
 def tile_logits(
-    q, k, bias_tile, row_region, col_region, scale, mask_ptr, window, rows, cols, num_mask_windows,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, WINDOW_AREA: tl.constexpr,
-    IS_SHIFTED: tl.constexpr, HAS_MASK: tl.constexpr,
+    q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, WINDOW_AREA: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """q @ k^T * scale + bias + mask in units of log 2: [m, n]."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E) + bias_tile
-    if IS_SHIFTED:
-        logits += tl.where(row_region[:, None] != col_region[None, :], MASK_LOG2, 0.0)
+    """q @ k^T * scale + bias + mask: [m, n]."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale + bias_tile
     if HAS_MASK:
         in_window = (rows < WINDOW_AREA)[:, None] & (cols < WINDOW_AREA)[None, :]  # m n
-        first = (window % num_mask_windows).to(tl.int64) * WINDOW_AREA * WINDOW_AREA
+        first = (image % num_masks).to(tl.int64) * WINDOW_AREA * WINDOW_AREA
         mask = tl.load(mask_ptr + first + rows[:, None] * WINDOW_AREA + cols[None, :], mask=in_window, other=0.0)  # m n
-        logits += mask.to(ACC) * LOG2E
+        logits += mask.to(ACC)
     return logits  # m n
 
 
 @triton.jit
+def exp_from(logits, origin):
+    """exp(logits - origin) [m, n] for an `origin` a row [m]: a multiplication, an addition and an exp2 in two steps."""
+    return tl.exp2(logits * LOG2E - (origin * LOG2E)[:, None])
+
+
+@triton.jit
 def stats_offsets(window, head, rows, num_heads, WINDOW_AREA: tl.constexpr):
-    """Places of the query `rows` in a tensor [B * nW, num_heads, N]."""
-    return (window * num_heads + head).to(tl.int64) * WINDOW_AREA + rows  # m
+    """Places of the query `rows` in a tensor [windows, num_heads, N]."""
+    return (window * num_heads + head) * WINDOW_AREA + rows  # m
 
 
 @triton.jit
 def store_stats(ptr, row_max, inverse_sum, window, head, rows, num_heads, WINDOW_AREA: tl.constexpr):
-    """Keep what turns logits into probabilities: [B * nW, num_heads, N, 2].
+    """Keep what turns logits into probabilities: [windows, num_heads, N, 2].
 
     Two numbers and not their logarithm: it would be rounded once for all keys of a row, and in float32 that error does
     not average out of the gradients.

@@ -2,14 +2,25 @@
 
 from dataclasses import dataclass, field
 
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import nn
 
 from ..functional import IMPLEMENTATIONS
+from .dispatch import FlashAttention
 from .swin import FlashSwinTransformerBlock, FlashWindowAttention
+from .swin_v2 import FlashSwinTransformerV2Block, FlashSwinV2WindowAttention
+from .swin_v2_cr import FlashSwinTransformerV2CrBlock, FlashSwinV2CrWindowAttention
 
-_FLASH_OF = {WindowAttention: FlashWindowAttention, SwinTransformerBlock: FlashSwinTransformerBlock}
+_FLASH_OF = {
+    swin_transformer.WindowAttention: FlashWindowAttention,
+    swin_transformer.SwinTransformerBlock: FlashSwinTransformerBlock,
+    swin_transformer_v2.WindowAttention: FlashSwinV2WindowAttention,
+    swin_transformer_v2.SwinTransformerV2Block: FlashSwinTransformerV2Block,
+    swin_transformer_v2_cr.WindowMultiHeadAttention: FlashSwinV2CrWindowAttention,
+    swin_transformer_v2_cr.SwinTransformerV2CrBlock: FlashSwinTransformerV2CrBlock,
+}
 _TIMM_OF = {flash: stock for stock, flash in _FLASH_OF.items()}
+_MODULES = ", ".join(dict.fromkeys(stock.__module__ for stock in _FLASH_OF))
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
     alone, since their own behaviour cannot be known. A model that is accelerated already takes the new `impl`.
 
     Args:
-        model: A timm Swin V1 or S3, or any module that holds one.
+        model: A timm Swin V1, S3, V2 or V2-CR, or any module that holds one.
         impl: As in `timm_flashwin.window_attention`.
 
     Returns:
@@ -57,8 +68,9 @@ def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
     for name, module in list(model.named_modules()):
         stock = type(module)
         if stock in _FLASH_OF:
-            if isinstance(module, SwinTransformerBlock) and type(module.attn) not in (*_FLASH_OF, *_TIMM_OF):
-                report.skipped[name] = f"its attention is a {type(module.attn).__name__}"
+            attention = getattr(module, "attn", None)  # blocks have one
+            if attention is not None and type(attention) not in (*_FLASH_OF, *_TIMM_OF):
+                report.skipped[name] = f"its attention is a {type(attention).__name__}"
                 continue
             module.__class__ = _FLASH_OF[stock]
             report.replaced[name] = type(module).__name__
@@ -66,14 +78,14 @@ def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
             report.already[name] = stock.__name__
         elif isinstance(module, tuple(_FLASH_OF)):
             report.skipped[name] = f"{stock.__name__} is a subclass of timm's with a behaviour of its own"
-        if isinstance(module, FlashWindowAttention):
+        if isinstance(module, FlashAttention):
             module.__dict__.pop("impl", None)
-            if impl != FlashWindowAttention.impl:
+            if impl != FlashAttention.impl:
                 module.impl = impl
     if not report.replaced and not report.already:
         raise ValueError(
             f"{type(model).__name__} holds no Swin attention of timm's to replace"
-            + (f"\n{report}" if report.skipped else "; supported are the models of timm.models.swin_transformer")
+            + (f"\n{report}" if report.skipped else f"; supported are the models of {_MODULES}")
         )
     return report
 

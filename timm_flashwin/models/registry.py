@@ -21,14 +21,20 @@ ALIASES = {
     "swin_large_flashwin": "swin_large_patch4_window7_224",
     "swin_base_384_flashwin": "swin_base_patch4_window12_384",
     "swin_large_384_flashwin": "swin_large_patch4_window12_384",
+    "swinv2_tiny_flashwin": "swinv2_tiny_window16_256",
+    "swinv2_small_flashwin": "swinv2_small_window16_256",
+    "swinv2_base_flashwin": "swinv2_base_window16_256",
+    "swinv2_large_flashwin": "swinv2_large_window12to16_192to256",
 }
+
+_MODULES = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")  # of timm.models
 
 default_cfgs = {}  # where timm's register_model looks for the cfgs of this module's names
 
 
 def flashwin_names() -> dict[str, str]:
     """Registered name -> timm's architecture, short names included."""
-    architectures = timm.list_models("swin_*", module="swin_transformer")
+    architectures = [arch for module in _MODULES for arch in timm.list_models(module=module)]
     return {arch + SUFFIX: arch for arch in architectures} | ALIASES
 
 

@@ -1,0 +1,114 @@
+"""What the attentions of all families share: when the kernels serve a call, and the call itself."""
+
+import torch
+from timm.layers import is_exportable, is_scriptable
+from torch import Tensor, nn
+
+from ..functional import fallback_reason, log_fallback, window_attention, windowed_sdpa
+
+
+class FlashAttention:
+    """Mixed in before a window attention of timm's: it has that one's state, and this forward.
+
+    A family says what its `head_dim` is, its scale (`_scale`), its relative position bias [num_heads, N, N]
+    (`_position_bias`), and which modules timm's code passes the attention weights through (`_weight_modules`).
+    """
+
+    impl = "auto"  # as in functional.window_attention; an instance may hold its own
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a window."""
+        return self.window_size[0] * self.window_size[1]
+
+    def fallback(self, x: Tensor) -> bool:
+        """Whether timm's own code has to serve `x`, the input of the qkv projection. The reason is logged once.
+
+        Raises:
+            ValueError: It has to, and `impl="triton"` forbids it.
+        """
+        reason = self._fallback_reason(x)
+        if reason is None:
+            return False
+        if self.impl == "triton":
+            raise ValueError(f'impl="triton" cannot run here: {reason}; use impl="auto"')
+        log_fallback(reason, "fx" if isinstance(x, torch.fx.Proxy) else x.device.type)
+        return True
+
+    def _fallback_reason(self, x: Tensor) -> str | None:
+        if isinstance(x, torch.fx.Proxy):
+            return "torch.fx traces timm's code"
+        if is_exportable() or is_scriptable():
+            return "timm.layers.is_exportable() or is_scriptable() asks for it"
+        if self._drops():
+            return "attention dropout is on (attn_drop_rate > 0 in training), which the kernels do not have"
+        if any(is_hooked(module) for module in self._weight_modules()):
+            return "a hook asks for the attention weights, which the kernels never hold"
+        if self.impl != "auto":
+            return None  # what else impl="triton" cannot do, it says itself
+        return fallback_reason(x.device, x.dtype, self.head_dim, self.num_tokens)
+
+    def _drops(self) -> bool:
+        """Whether timm's code would drop attention weights."""
+        return not isinstance(self.attn_drop, (nn.Identity, nn.Dropout)) or drops(self.attn_drop)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, shift_size: tuple[int, int] | None = None) -> Tensor:
+        """Attend in windows.
+
+        Args:
+            x: Windows [B * nW, N, C], as in timm; or the map [B, H, W, C], where `shift_size` is given.
+            mask: Additive mask [nW, N, N] for windows, or None. A map needs none.
+            shift_size: (sh, sw) of the block: roll, padding, partition, mask and the way back are done in here.
+
+        Returns:
+            The shape of `x`.
+        """
+        if shift_size is None and self.fallback(x):
+            return super().forward(x, mask)
+        qkv = self._project(x)  # ..., 3 * num_heads * head_dim
+        scale, logit_scale = self._scale()
+        options = dict(bias=self._position_bias(), scale=scale, logit_scale=logit_scale, impl=self.impl)
+        if shift_size is None:
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            out = windowed_sdpa(q, k, v, mask=mask, **options).transpose(1, 2).flatten(2)
+        else:
+            options["pad_qkv"] = self._pad_qkv(x)
+            out = window_attention(qkv, self.num_heads, self.window_size, shift_size, **options)
+        return self.proj_drop(self.proj(out))  # ..., C
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
+
+    def _qkv_bias(self) -> Tensor | None:
+        """What `_project` adds, [3 * num_heads * head_dim], and so what it makes of zeros where `_qkv_is_plain`."""
+        return self.qkv.bias
+
+    def _qkv_is_plain(self) -> bool:
+        return type(self.qkv) is nn.Linear and not is_hooked(self.qkv)
+
+    def _pad_qkv(self, x: Tensor) -> Tensor | None:
+        """The qkv of the zeros timm pads the map [B, H, W, C] with; None for zeros, or where nothing is padded."""
+        _, H, W, C = x.shape
+        if H % self.window_size[0] == 0 and W % self.window_size[1] == 0:
+            return None
+        if self._qkv_is_plain():
+            return self._qkv_bias()
+        # Adapted, quantised, sharded or hooked: the module tells by itself what it makes of zeros.
+        return self._project(x.new_zeros(1, 1, 1, C)).flatten()
+
+
+def takes_map(attention: nn.Module, x: Tensor) -> bool:
+    """Whether a block may hand `attention` the whole map `x` [B, H, W, C].
+
+    What somebody put in the attention's place, timm's own class included, is called as timm calls it.
+    """
+    return hasattr(attention, "fallback") and not attention.fallback(x)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether `module` is a dropout that drops."""
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0.0

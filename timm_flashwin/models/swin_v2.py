@@ -1,0 +1,59 @@
+"""Swin Transformer V2: timm's block and attention with the attention path on the kernels.
+
+Cosine attention with a learned scale a head, and a relative position bias that a small MLP computes (Liu et al., "Swin
+Transformer V2", 2022, sections 3.2 and 3.3). The classes add methods and no state, as those of V1 do.
+"""
+
+import torch
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttention
+from torch import nn
+from torch.nn import functional as F
+
+from ..functional import relative_position_bias
+from .dispatch import FlashAttention, takes_map
+
+
+class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
+    """timm's V2 `WindowAttention`; takes windows as timm's does, or a whole NHWC map where `shift_size` is given."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        # timm's V2 keeps the bias outside of the Linear, and calls the Linear only where it has to.
+        if self.q_bias is None:
+            return self.qkv(x)
+        if self.qkv_bias_separate:
+            qkv = self.qkv(x)
+            qkv += self._qkv_bias()  # in place, and so in the dtype of qkv
+            return qkv
+        return F.linear(x, self.qkv.weight, self._qkv_bias())
+
+    def _qkv_bias(self) -> torch.Tensor | None:
+        if self.q_bias is None:
+            return self.qkv.bias
+        return torch.cat((self.q_bias, self.k_bias, self.v_bias))
+
+    def _qkv_is_plain(self) -> bool:
+        return super()._qkv_is_plain() and not self.qkv_bias_separate
+
+    def _scale(self) -> tuple[None, torch.Tensor]:
+        return None, self.logit_scale.flatten()  # num_heads
+
+    def _position_bias(self) -> torch.Tensor:
+        """timm's bias; what is elementwise is done before the gather, where a window has fewer elements."""
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)  # (2*Wh-1) * (2*Ww-1), num_heads
+        return relative_position_bias(16 * torch.sigmoid(table), self.window_size, self.impl)
+
+    def _weight_modules(self) -> tuple[nn.Module, ...]:
+        return self.softmax, self.attn_drop
+
+
+class FlashSwinTransformerV2Block(SwinTransformerV2Block):
+    """timm's `SwinTransformerV2Block` without the roll, the padding, the partition and the mask tensor."""
+
+    def _attn(self, x: torch.Tensor) -> torch.Tensor:
+        if takes_map(self.attn, x):
+            return self.attn(x, shift_size=self.shift_size)
+        return super()._attn(x)
