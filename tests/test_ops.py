@@ -11,29 +11,33 @@ from conftest import GPU
 import timm_flashwin
 
 
-def map_arguments(device, window=(4, 4), requires_grad=True, save_stats=False):
+def map_arguments(device, window=(4, 4), requires_grad=True, save_stats=False, cosine=False):
     area = window[0] * window[1]
     qkv = torch.randn(1, 6, 9, 3 * 32, device=device, requires_grad=requires_grad)
     bias = torch.randn(2, area, area, device=device, requires_grad=requires_grad)
     pad = torch.randn(3 * 32, device=device, requires_grad=requires_grad)
-    return qkv, bias, pad, 2, window, (2, 1), 0.25, save_stats
+    logit_scale = torch.rand(2, device=device, requires_grad=requires_grad) if cosine else None
+    return qkv, bias, pad, logit_scale, 2, window, (2, 1), 0.25, save_stats
 
 
-def windows_arguments(device, N=16, save_stats=False):
+def windows_arguments(device, N=16, save_stats=False, cosine=False):
     q, k, v = (torch.randn(4, 2, N, 16, device=device, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, N, N, device=device, requires_grad=True)
-    return q, k, v, bias, torch.randn(2, N, N, device=device), 0.25, save_stats
+    logit_scale = torch.rand(2, device=device, requires_grad=True) if cosine else None
+    return q, k, v, bias, torch.randn(2, N, N, device=device), logit_scale, 0.25, save_stats
 
 
+@pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
 @pytest.mark.parametrize("save_stats, window", [(False, (4, 4)), (True, (9, 8))])
-def test_opcheck_of_window_attention(save_stats, window, kernel_device, ieee):
-    arguments = map_arguments(kernel_device, window, save_stats=save_stats)
+def test_opcheck_of_window_attention(save_stats, window, cosine, kernel_device, ieee):
+    arguments = map_arguments(kernel_device, window, save_stats=save_stats, cosine=cosine)
     torch.library.opcheck(torch.ops.timm_flashwin.window_attention.default, arguments)
 
 
+@pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
 @pytest.mark.parametrize("save_stats, N", [(False, 16), (True, 72)])
-def test_opcheck_of_windowed_sdpa(save_stats, N, kernel_device, ieee):
-    arguments = windows_arguments(kernel_device, N, save_stats)
+def test_opcheck_of_windowed_sdpa(save_stats, N, cosine, kernel_device, ieee):
+    arguments = windows_arguments(kernel_device, N, save_stats, cosine)
     torch.library.opcheck(torch.ops.timm_flashwin.windowed_sdpa.default, arguments)
 
 
