@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from timm_flashwin.kernels import launch, needs_stats, relative_position
+from timm_flashwin.kernels import launch, needs_stats, relative_position, settings
 
 # Shared memory one block may use, in bytes: CUDA programming guide, "Technical Specifications per Compute Capability";
 # for gfx942 the 64 KiB LDS of a compute unit (AMD CDNA 3 ISA).
@@ -140,7 +140,7 @@ def compile_case(target_name: str, name: str) -> list[Row]:
     target, shared_limit = TARGETS[target_name]
     case = make_cases()[name]
     triton.runtime.driver.set_active(CompileOnlyDriver(target))
-    launch._target_arch.cache_clear()
+    settings.target_arch.cache_clear()
     compiled_kernels = []
 
     def warmup(kernel, grid):

@@ -17,7 +17,7 @@ CASES = {  # B, (H, W), num_heads, head_dim, window, shift
     "window 12 shifted padded": (1, (13, 20), 1, 32, (12, 12), (6, 6)),
     "window 14": (1, (14, 28), 1, 32, (14, 14), (0, 0)),
     "window 16 shifted": (1, (16, 32), 1, 32, (16, 16), (8, 8)),
-    "window 24 shifted padded": (1, (30, 25), 1, 32, (24, 24), (12, 12)),
+    "window 24 shifted padded": (1, (23, 30), 1, 32, (24, 24), (12, 12)),
     "non-square window": (2, (12, 10), 2, 32, (4, 5), (2, 2)),
     "non-square padded window": (1, (11, 13), 2, 16, (10, 9), (5, 4)),
     "shift on one axis": (2, (8, 12), 1, 16, (4, 6), (0, 3)),

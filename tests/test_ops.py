@@ -21,7 +21,7 @@ def map_arguments(device, window=(4, 4), requires_grad=True, save_stats=False, c
 
 
 def windows_arguments(device, N=16, save_stats=False, cosine=False):
-    q, k, v = (torch.randn(4, 2, N, 16, device=device, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(2, 2, N, 16, device=device, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, N, N, device=device, requires_grad=True)
     logit_scale = torch.rand(2, device=device, requires_grad=True) if cosine else None
     return q, k, v, bias, torch.randn(2, N, N, device=device), logit_scale, 0.25, save_stats

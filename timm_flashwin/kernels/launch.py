@@ -1,7 +1,4 @@
-"""Launch settings, and the only functions that launch a kernel.
-
-Settings follow from the shape, the dtype and the device by rule; nothing is timed on the user's first call.
-"""
+"""The only functions that launch a kernel: its grid, its arguments, and what becomes of its partial sums."""
 
 import functools
 from typing import NamedTuple
@@ -15,109 +12,8 @@ from . import ONE_TILE_AREA, needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
 from .forward import forward_kernel, forward_tiled_kernel
 from .primitives import MAX_LOGIT_SCALE
-
-# TRITON_INTERPRET=1 was set when the kernels were defined: they run in Triton's interpreter, on CPU tensors.
-INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
-
-
-class Settings(NamedTuple):
-    """How one kernel is cut and compiled."""
-
-    block_m: int  # query tokens in a tile
-    block_n: int  # key tokens in a tile
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int  # how many programs share the windows, per multiprocessor
-    max_registers: int | None = None  # a thread; NVIDIA's compiler alone takes it
-    images: int = 1  # one program takes at a time
-
-    def options(self, device: torch.device) -> dict:
-        """As a kernel takes them."""
-        options = dict(
-            BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages
-        )  # fmt: skip
-        if self.max_registers is not None and isinstance(_target_arch(device), int):
-            options["maxnreg"] = self.max_registers
-        return options
-
-
-def block_d(head_dim: int) -> int:
-    """Channels of a tile: a power of two, and what a tensor core takes at least."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def _token_bytes(head_dim: int, dtype: torch.dtype) -> int:
-    """What one token of one head takes in a tile."""
-    return block_d(head_dim) * dtype.itemsize
-
-
-def forward_settings(
-    window_area: int, head_dim: int, dtype: torch.dtype, cosine: bool, device: torch.device
-) -> Settings:  # fmt: skip
-    """Settings of `forward_kernel`, or of `forward_tiled_kernel` for larger windows."""
-    token_bytes = _token_bytes(head_dim, dtype)
-    if window_area <= ONE_TILE_AREA:
-        block = max(16, triton.next_power_of_2(window_area))
-        warps = 8 if token_bytes > 256 else 4
-        if window_area == block and not cosine:
-            # A full tile has nothing to mask: with a little help a fourth program finds its registers.
-            stages = 2 if token_bytes <= 64 else 1
-            return Settings(block, block, warps, stages, programs_per_sm=4, max_registers=128 if warps == 4 else None)
-        # Small tokens leave shared memory to fetch the next windows ahead of time; wide ones would crowd out programs.
-        return Settings(block, block, warps, num_stages=3 if token_bytes <= 64 else 1, programs_per_sm=3)
-    if not _has_wgmma(device):  # both operands of a product take registers: two images at a time would spill
-        block_n = 64 if window_area > 256 and token_bytes <= 128 and not cosine else 32
-        block_m = 32 if token_bytes > 256 else 64
-        # Left alone, the compiler spills a few registers to fit one more program in.
-        return Settings(block_m, block_n, num_warps=4, num_stages=1, programs_per_sm=8, max_registers=255)
-    if token_bytes > 64:
-        return Settings(32 if token_bytes > 256 else 64, 32, num_warps=4, num_stages=1, programs_per_sm=8)
-    # Two images share the bias tile, the mask and the addresses. With the norms to work out meanwhile a fourth program
-    # serves better than fetching ahead.
-    if cosine:
-        return Settings(64, 32, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=128, images=2)
-    return Settings(64, 32, num_warps=4, num_stages=2, programs_per_sm=3, max_registers=168, images=2)
-
-
-def backward_settings(
-    window_area: int, head_dim: int, dtype: torch.dtype, cosine: bool, device: torch.device
-) -> Settings:  # fmt: skip
-    """Settings of `backward_kernel`, or of the first two of the three kernels of larger windows."""
-    token_bytes = _token_bytes(head_dim, dtype)
-    if not needs_stats(window_area, head_dim, dtype):
-        block = max(16, triton.next_power_of_2(window_area))
-        # Four warps keep four 64x64 float32 tiles in registers; wide tokens beside them need eight. Fetching ahead pays
-        # where the tensor cores read from shared memory (wgmma); elsewhere its registers are spilled ones.
-        wgmma = _has_wgmma(device)
-        warps = 8 if token_bytes > 128 else 4
-        # Two programs are what a multiprocessor holds of this kernel: one wave, each walking through its windows.
-        return Settings(block, block, warps, num_stages=3 if token_bytes <= 64 and wgmma else 1, programs_per_sm=2)
-    if token_bytes > 256:
-        return Settings(32, 32, num_warps=4, num_stages=1, programs_per_sm=4)
-    if not _has_wgmma(device):  # a 64x64 tile would spill
-        block_n = 32 if token_bytes > 128 or cosine else 64
-        return Settings(32, block_n, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
-    if token_bytes > 64:
-        return Settings(64, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
-    return Settings(64, 64, num_warps=4, num_stages=1, programs_per_sm=3, max_registers=168)
-
-
-def dbias_settings(head_dim: int, dtype: torch.dtype, device: torch.device) -> Settings:
-    """Settings of `backward_dbias_kernel`, which holds a tile of the bias and one of its gradient all the time."""
-    token_bytes = _token_bytes(head_dim, dtype)
-    if token_bytes > 64 or not _has_wgmma(device):
-        return Settings(32 if token_bytes > 256 else 64, 32, num_warps=4, num_stages=1, programs_per_sm=4)
-    return Settings(64, 32, num_warps=4, num_stages=3, programs_per_sm=4, max_registers=128)
-
-
-def _has_wgmma(device: torch.device) -> bool:
-    return _target_arch(device) == 90
-
-
-@functools.cache
-def _target_arch(device: torch.device) -> int | str:
-    """What Triton compiles for: 90 for sm_90, "gfx942" for that; 0 in the interpreter."""
-    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+from .settings import INTERPRETED as INTERPRETED
+from .settings import Settings, block_d, settings_for
 
 
 @functools.cache
@@ -164,6 +60,11 @@ class Call(NamedTuple):
     def has_pad(self) -> bool:
         H, W = self.q.shape[1:3]
         return H % self.window_size[0] != 0 or W % self.window_size[1] != 0
+
+    def settings(self, kernel: str) -> Settings:
+        """Of one of `settings.KERNELS` for this call."""
+        head_dim = self.q.shape[4]
+        return settings_for(kernel, self.window_area, head_dim, self.q.dtype, self.cosine, self.q.device)
 
     def pads(self) -> torch.Tensor:
         """The qkv of a padded token, materialised: [3 * num_heads * head_dim]."""
@@ -239,13 +140,13 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> None:
     """Fill `out`, a contiguous map [B, H, W, num_heads * head_dim], and, if given, `stats` [B*nW, num_heads, N, 2]."""
-    num_heads, head_dim = call.q.shape[3:]
-    settings = forward_settings(call.window_area, head_dim, call.q.dtype, call.cosine, call.q.device)
+    num_heads, one_tile = call.q.shape[3], call.window_area <= ONE_TILE_AREA
+    settings = call.settings("forward" if one_tile else "forward_tiled")
     arguments = dict(
         **call.pointers(), out_ptr=out, stats_ptr=out if stats is None else stats, **call.scalars(), **call.constants(),
         **settings.options(call.q.device), SAVE_STATS=stats is not None,
     )  # fmt: skip
-    if call.window_area <= settings.block_n:
+    if one_tile:
         forward_kernel[(num_heads, call.shares(num_heads, settings))](**arguments)
     else:
         grid, placed = call.placed_grid(num_heads * triton.cdiv(call.window_area, settings.block_m), settings)
@@ -296,7 +197,7 @@ def _launch_one_tile_backward(
 ):
     """Partial sums of dbias, dpad and dlogit_scale."""
     N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
-    settings = backward_settings(N, head_dim, call.q.dtype, call.cosine, call.q.device)
+    settings = call.settings("backward")
     shares = call.shares(num_heads, settings)
     dbias = call.partial_sums(need_dbias, shares, num_heads, N, N)
     dpad = call.partial_sums(need_dpad, shares, 2, num_heads * head_dim)
@@ -315,9 +216,8 @@ def _launch_tiled_backward(
     """Partial sums of dbias, dpad and dlogit_scale. The kernels run in this order: the first leaves delta to the other
     two."""
     N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
-    settings = backward_settings(N, head_dim, call.q.dtype, call.cosine, call.q.device)
-    query_tiles, key_tiles = triton.cdiv(N, settings.block_m), triton.cdiv(N, settings.block_n)
-
+    settings = call.settings("backward_dq")
+    query_tiles = triton.cdiv(N, settings.block_m)
     grid, placed = call.placed_grid(num_heads * query_tiles, settings)
     dlogit_scale = call.partial_sums(need_dlogit_scale, query_tiles * placed["shares"], num_heads)
     backward_dq_kernel[grid](
@@ -325,6 +225,8 @@ def _launch_tiled_backward(
         dlogit_scale_ptr=dlogit_scale, NEED_DLOGIT_SCALE=need_dlogit_scale, **settings.options(call.q.device),
     )  # fmt: skip
 
+    settings = call.settings("backward_dkdv")
+    key_tiles = triton.cdiv(N, settings.block_n)
     grid, placed = call.placed_grid(num_heads * key_tiles, settings)
     dpad = call.partial_sums(need_dpad, key_tiles * placed["shares"], 2, num_heads * head_dim)
     backward_dkdv_kernel[grid](
@@ -334,7 +236,7 @@ def _launch_tiled_backward(
     if not need_dbias:
         return None, dpad, dlogit_scale
 
-    settings = dbias_settings(head_dim, call.q.dtype, call.q.device)
+    settings = call.settings("backward_dbias")
     pinned = num_heads * triton.cdiv(N, settings.block_m) * triton.cdiv(N, settings.block_n)
     shares = call.shares(pinned, settings)
     dbias = call.partial_sums(True, shares, num_heads, N, N)

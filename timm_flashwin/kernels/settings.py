@@ -1,0 +1,146 @@
+"""How each kernel is cut and compiled: measured rows where there are some, rules elsewhere.
+
+Settings follow from the shape, the dtype and the device; nothing is timed on the user's first call. The rows of
+`_MEASURED` come from `scripts/tune.py`, which times their neighbours, each gated on correctness, on any GPU.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .forward import forward_kernel
+
+# TRITON_INTERPRET=1 was set when the kernels were defined: they run in Triton's interpreter, on CPU tensors.
+INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
+
+KERNELS = ("forward", "forward_tiled", "backward", "backward_dq", "backward_dkdv", "backward_dbias")
+
+
+class Settings(NamedTuple):
+    """How one kernel is cut and compiled."""
+
+    block_m: int  # query tokens in a tile
+    block_n: int  # key tokens in a tile
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int  # how many programs share the windows, per multiprocessor
+    max_registers: int | None = None  # a thread; NVIDIA's compiler alone takes it
+    images: int = 1  # one program takes at a time
+
+    def options(self, device: torch.device) -> dict:
+        """As a kernel takes them."""
+        options = dict(
+            BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages
+        )  # fmt: skip
+        if self.max_registers is not None and isinstance(target_arch(device), int):
+            options["maxnreg"] = self.max_registers
+        return options
+
+
+# (target, kernel, cosine) -> settings for tokens of up to 64 bytes: head_dim up to 32 in 16 bits. All on an H200.
+_MEASURED = {
+    # Two images share the bias tile, the mask and the addresses. With the norms to work out meanwhile a fourth program
+    # serves better than fetching ahead.
+    (90, "forward_tiled", False): Settings(64, 32, 4, num_stages=2, programs_per_sm=3, max_registers=168, images=2),
+    (90, "forward_tiled", True): Settings(64, 32, 4, num_stages=1, programs_per_sm=4, max_registers=128, images=2),
+    # Three programs fit with 168 registers each.
+    (90, "backward_dq", False): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
+    (90, "backward_dq", True): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
+    (90, "backward_dkdv", False): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
+    (90, "backward_dkdv", True): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
+    # It holds a tile of the bias and one of its gradient all the time, and has no product that waits for another one.
+    (90, "backward_dbias", False): Settings(64, 32, 4, num_stages=3, programs_per_sm=4, max_registers=128),
+    (90, "backward_dbias", True): Settings(64, 32, 4, num_stages=3, programs_per_sm=4, max_registers=128),
+}
+
+
+def settings_for(
+    kernel: str, window_area: int, head_dim: int, dtype: torch.dtype, cosine: bool, device: torch.device
+) -> Settings:  # fmt: skip
+    """Settings of one of `KERNELS` for a shape, a dtype and a device."""
+    token_bytes = block_d(head_dim) * dtype.itemsize  # what one token of one head takes in a tile
+    if kernel == "forward":
+        return _one_tile_forward(window_area, token_bytes, cosine, device)
+    if kernel == "backward":
+        return _one_tile_backward(window_area, token_bytes, device)
+    if INTERPRETED:
+        # A tile costs the same Python whatever its size: few, and not square, so that rows do not pass for columns.
+        return Settings(128, 64, num_warps=1, num_stages=1, programs_per_sm=1, images=2)
+    measured = _MEASURED.get((target_arch(device), kernel, cosine)) if token_bytes <= 64 else None
+    if measured is not None:
+        return _fitted(measured, kernel, window_area, cosine)
+    if kernel == "forward_tiled":
+        return _tiled_forward(window_area, token_bytes, cosine, device)
+    if kernel == "backward_dbias":
+        return Settings(32 if token_bytes > 256 else 64, 32, num_warps=4, num_stages=1, programs_per_sm=4)
+    return _tiled_backward(token_bytes, cosine, device)
+
+
+def _fitted(measured: Settings, kernel: str, window_area: int, cosine: bool) -> Settings:
+    """The row as it is, but for windows whose last key tile would mostly lie past their end (12x12, 14x14).
+
+    That is work for nothing: half as many keys in a tile. The masks take more registers than three programs have.
+    """
+    overhang = -window_area % measured.block_n
+    if kernel == "backward_dkdv" and not cosine and overhang >= measured.block_n // 2:
+        return measured._replace(block_n=measured.block_n // 2, programs_per_sm=2, max_registers=None)
+    return measured
+
+
+def block_d(head_dim: int) -> int:
+    """Channels of a tile: a power of two, and what a tensor core takes at least."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _one_tile_forward(window_area: int, token_bytes: int, cosine: bool, device: torch.device) -> Settings:
+    block = max(16, triton.next_power_of_2(window_area))
+    warps = 8 if token_bytes > 256 else 4
+    if window_area == block and not cosine and _has_wgmma(device):
+        # A full tile has nothing to mask: with a little help a fourth program finds its registers.
+        stages = 2 if token_bytes <= 64 else 1
+        return Settings(block, block, warps, stages, programs_per_sm=4, max_registers=128 if warps == 4 else None)
+    # Small tokens leave shared memory to fetch the next windows ahead of time; wide ones would crowd out programs.
+    return Settings(block, block, warps, num_stages=3 if token_bytes <= 64 else 1, programs_per_sm=3)
+
+
+def _one_tile_backward(window_area: int, token_bytes: int, device: torch.device) -> Settings:
+    block = max(16, triton.next_power_of_2(window_area))
+    # Four warps keep four 64x64 float32 tiles in registers; wide tokens beside them need eight. Fetching ahead pays
+    # where the tensor cores read from shared memory (wgmma); elsewhere its registers are spilled ones.
+    warps = 8 if token_bytes > 128 else 4
+    stages = 3 if token_bytes <= 64 and _has_wgmma(device) else 1
+    # Two programs are what a multiprocessor holds of this kernel: one wave, each walking through its windows.
+    return Settings(block, block, warps, stages, programs_per_sm=2)
+
+
+def _tiled_forward(window_area: int, token_bytes: int, cosine: bool, device: torch.device) -> Settings:
+    block_m = 32 if token_bytes > 256 else 64
+    if _has_wgmma(device):
+        return Settings(block_m, 32, num_warps=4, num_stages=1, programs_per_sm=8)
+    # Both operands of a product take registers: two images at a time would spill.
+    block_n = 64 if window_area > 256 and token_bytes <= 128 and not cosine else 32
+    # Left alone, the compiler spills a few registers to fit one more program in.
+    return Settings(block_m, block_n, num_warps=4, num_stages=1, programs_per_sm=8, max_registers=255)
+
+
+def _tiled_backward(token_bytes: int, cosine: bool, device: torch.device) -> Settings:
+    """dq, and dk and dv."""
+    if token_bytes > 256:
+        return Settings(32, 32, num_warps=4, num_stages=1, programs_per_sm=4)
+    if _has_wgmma(device):
+        return Settings(64, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
+    # A 64x64 tile would spill.
+    block_n = 32 if token_bytes > 128 or cosine else 64
+    return Settings(32, block_n, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    return target_arch(device) == 90
+
+
+@functools.cache
+def target_arch(device: torch.device) -> int | str:
+    """What Triton compiles for: 90 for sm_90, "gfx942" for that; 0 in the interpreter."""
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
