@@ -1,27 +1,25 @@
 """The promises of the command line: right answers, weights from timm's places, plain words where something is wrong."""
 
-import hashlib
-import os
+import re
 import subprocess
 import sys
-import threading
 from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from local_hub import LocalHub
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 from timm_flashwin import demo
 from timm_flashwin.cli import main
+from timm_flashwin.models.registry import flashwin_names
 
 STOCK, TWIN = "swin_tiny_patch4_window7_224", "swin_tiny_flashwin"
 HUB_ID = "timm/swin_tiny_patch4_window7_224.ms_in1k"
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +101,37 @@ def test_random_weights_are_called_random(photo, capsys):
     assert "weights are random" in capsys.readouterr().err
 
 
+# ----------------------------------------------------------------------------------------- the models command
+
+
+def listed(out: str) -> dict[str, list[str]]:
+    """Name -> the other columns."""
+    return {name: columns for name, *columns in (re.split(" {2,}", line) for line in out.splitlines()[1:])}
+
+
+def test_models_lists_every_name_with_its_twin_and_every_tag(capsys):
+    assert main(["models"]) == 0
+    lines = listed(capsys.readouterr().out)
+    assert {name: columns[0] for name, columns in lines.items()} == flashwin_names()
+    for _, (arch, tags) in lines.items():
+        tags = [] if tags == "-" else tags.split(", ")
+        assert set(timm.list_pretrained(arch + ".*")) == {f"{arch}.{tag}" for tag in tags}
+        assert tags == [] or tags[0] == timm.get_pretrained_cfg(arch).tag  # what pretrained=True takes
+
+
+def test_models_filters_by_the_name_and_by_timms(capsys):
+    assert main(["models", "swin_tiny_patch4*"]) == 0
+    assert set(listed(capsys.readouterr().out)) == {TWIN, STOCK + "_flashwin"}
+    assert main(["models", "*v2_base_flash*"]) == 0
+    assert set(listed(capsys.readouterr().out)) == {"swinv2_base_flashwin"}
+
+
+def test_models_without_a_match_says_so(capsys):
+    assert main(["models", "resnet*"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1 and "'resnet*'" in captured.err
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -146,83 +175,42 @@ def test_wrong_usage_exits_with_status_2(args, capsys):
 # -------------------------------------------------------------------------------------------------- the hub
 
 
-class Hub(BaseHTTPRequestHandler):
-    """What the hub client asks for: HEAD, then GET, of a file of the one repository that is here."""
-
-    file: Path
-    requests: list[str]
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body: bool):
-        self.requests.append(f"{self.command} {self.path}")
-        found = self.path == f"/{HUB_ID}/resolve/main/{self.file.name}"
-        content = self.file.read_bytes() if found else b""
-        self.send_response(200 if found else 404)
-        if not found:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("X-Repo-Commit", "0123456789" * 4)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
-def hub(checkpoint):
-    """A hub on this machine that has the weights: (its address, the requests it got, how to close it)."""
-    handler = type("OneFileHub", (Hub,), {"file": checkpoint, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def close():
-        server.shutdown()
-        server.server_close()
-
-    yield f"http://127.0.0.1:{server.server_port}", handler.requests, close
-    close()
+def hub(checkpoint, tmp_path):
+    """A hub on this machine that has the weights."""
+    repository = tmp_path / "served" / HUB_ID
+    repository.mkdir(parents=True)
+    (repository / "model.safetensors").symlink_to(checkpoint)
+    with LocalHub(tmp_path / "served") as hub:
+        yield hub
 
 
-def classify_with_hub(endpoint: str, cache: Path, *args) -> subprocess.CompletedProcess:
-    """In a process of its own: the hub client reads its settings at import."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-    unset = ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "TRITON_INTERPRET")
-    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+def classify_with_hub(hub: LocalHub, cache: Path, *args) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "timm_flashwin", "classify", "--device", "cpu", "--pretrained", *map(str, args)]
-    return subprocess.run(command, env=inherited | settings, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=hub.environment(cache), capture_output=True, text=True, timeout=300)
 
 
 def test_pretrained_weights_travel_from_the_hub_and_then_from_its_cache(hub, photo, top_5, tmp_path):
-    endpoint, requests, close = hub
-    first = classify_with_hub(endpoint, tmp_path, photo, "--model", TWIN)
+    first = classify_with_hub(hub, tmp_path, photo, "--model", TWIN)
     assert (first.returncode, printed_labels(first.stdout)) == (0, top_5), first.stderr
-    assert f"GET /{HUB_ID}/resolve/main/model.safetensors" in requests
+    assert f"GET /{HUB_ID}/resolve/main/model.safetensors" in hub.requests
 
-    close()
-    again = classify_with_hub(endpoint, tmp_path, photo, "--model", TWIN)
+    hub.close()
+    again = classify_with_hub(hub, tmp_path, photo, "--model", TWIN)
     assert (again.returncode, printed_labels(again.stdout)) == (0, top_5), again.stderr
 
 
 def test_unreachable_hub_is_reported_plainly_and_at_once(photo, tmp_path):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        endpoint = f"http://127.0.0.1:{server.server_port}"  # closed again when the client asks
-    result = classify_with_hub(endpoint, tmp_path, photo, "--model", TWIN)
+    with LocalHub(tmp_path) as hub:
+        pass  # closed again when the client asks
+    result = classify_with_hub(hub, tmp_path, photo, "--model", TWIN)
     assert (result.returncode, result.stdout) == (1, "")
     assert len(result.stderr.splitlines()) == 1  # no traceback, and no retries, which are logged
     assert HUB_ID in result.stderr and "could not be fetched" in result.stderr and "refused" in result.stderr
 
 
 def test_weights_that_the_hub_does_not_have_are_reported_plainly(hub, photo, tmp_path):
-    endpoint, _, _ = hub
-    result = classify_with_hub(endpoint, tmp_path, photo, "--model", "swin_small_flashwin")
+    result = classify_with_hub(hub, tmp_path, photo, "--model", "swin_small_flashwin")
     assert (result.returncode, result.stdout) == (1, "")
     assert len(result.stderr.splitlines()) == 1 and "timm/swin_small_patch4_window7_224" in result.stderr
 

@@ -1,21 +1,10 @@
-"""The `timm-flashwin` command. torch and timm are imported by the commands that need them."""
+"""The `timm-flashwin` command: its parsers. Each command is a module of its own, imported when it runs."""
 
 import argparse
-import difflib
 import sys
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
-PROG = "timm-flashwin"
-
-
-class CliError(Exception):
-    """What the user reads instead of a traceback: one line, and the exit status."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
+from .console import PROG, CliError, one_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +38,64 @@ def build_parser() -> argparse.ArgumentParser:
     add_device_option(classify)
     classify.add_argument("--top-k", type=positive_int, default=5, metavar="K", help="classes per image (%(default)s)")
     classify.set_defaults(run=classify_command)
+
+    models = commands.add_parser("models", help="list the names, timm's model behind each, and its pretrained tags")
+    models.add_argument(
+        "filter", nargs="?", default="*", metavar="FILTER", help="a glob on the name or on timm's, as 'swinv2_*'"
+    )
+    models.set_defaults(run=models_command)
+
+    parity = commands.add_parser(
+        "parity", help="top-1, top-5, logits and speed of timm's model and of its twin on labelled images"
+    )
+    parity.add_argument(
+        "--model",
+        default="swin_base_flashwin",
+        metavar="NAME",
+        help="timm's name of a Swin, or the twin's; both are evaluated (%(default)s)",
+    )
+    parity.add_argument(
+        "--data-dir", type=Path, required=True, metavar="DIR", help="images in one folder a class, as ImageNet's val"
+    )
+    weights = parity.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights: .safetensors, or .pth of timm's")
+    weights.add_argument(
+        "--pretrained", action="store_true", help="weights: those that timm has on the hub (the default)"
+    )
+    parity.add_argument("--amp", action="store_true", help="autocast, as in timm's validate.py; otherwise float32")
+    parity.add_argument("--amp-dtype", choices=("float16", "bfloat16"), help="of --amp (float16, as timm's)")
+    parity.add_argument("--batch-size", type=positive_int, default=128, metavar="N", help="images (%(default)s)")
+    parity.add_argument(
+        "--workers", type=count, default=4, metavar="N", help="processes that load images (%(default)s)"
+    )
+    add_device_option(parity)
+    parity.add_argument(
+        "--tolerance",
+        type=percentage_points,
+        default=0.1,
+        metavar="PP",
+        help="exit with status 1 if top-1 differs by more percentage points (%(default)s)",
+    )
+    parity.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    parity.add_argument("--csv", type=Path, metavar="FILE", help="write the result as CSV, a header and a row")
+    parity.set_defaults(run=parity_command)
+
+    doctor = commands.add_parser(
+        "doctor", help="versions, what runs on the kernels here, how exact it is beside timm's, and how fast"
+    )
+    add_device_option(doctor)
+    doctor.set_defaults(run=doctor_command)
+
+    run = commands.add_parser(
+        "run",
+        help="run a script, such as timm's validate.py, with the *_flashwin names registered",
+        usage=f"{PROG} run [-h] SCRIPT [ARGUMENT ...]",
+        description="Run SCRIPT as `python SCRIPT ARGUMENT ...` does, with the *_flashwin names registered in it and "
+        "in the workers that it spawns. Everything behind SCRIPT is the script's own.",
+    )
+    # One list for both: argparse would take a "--" behind a positional of its own out of the script's arguments.
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGUMENT ...]", help=argparse.SUPPRESS)
+    run.set_defaults(run=run_command)
     return parser
 
 
@@ -62,6 +109,20 @@ def positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
+
+
+def percentage_points(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 100")
     return number
 
 
@@ -79,170 +140,56 @@ def resolve_device(name: str):
     return device
 
 
-def one_line(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-
-
-# ------------------------------------------------------------------------------------------------------- demo
-
-
 def demo_command(args: argparse.Namespace) -> int:
     from .demo import run_demo
 
     return run_demo(resolve_device(args.device))
 
 
-# --------------------------------------------------------------------------------------------------- classify
-
-
 def classify_command(args: argparse.Namespace) -> int:
-    """Print the top classes of every image."""
-    import torch
-    from timm.data import create_transform, resolve_model_data_config
+    from .classify import run_classify
 
-    from .demo import implementation
-
-    for path in (*args.images, *filter(None, [args.checkpoint])):
-        if not path.is_file():
-            raise CliError(f"{path} is no file")
     device = resolve_device(args.device)
-    model = create_classifier(args.model, args.pretrained, args.checkpoint).eval().to(device)
-    config = resolve_model_data_config(model)
-    transform = create_transform(**config)
-    label = class_labels(model)
+    return run_classify(args.images, args.model, args.pretrained, args.checkpoint, args.top_k, device)
 
-    print(f"{args.model}: {model.num_classes} classes, on {device}; {implementation(model)}")
-    for path in args.images:
-        image = transform(read_image(path, "L" if config["input_size"][0] == 1 else "RGB"))
-        with torch.inference_mode():
-            probabilities = model(image.unsqueeze(0).to(device)).float().softmax(-1)[0]
-        top = probabilities.topk(min(args.top_k, len(probabilities)))
-        print(path)
-        for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            print(f"  {probability:7.2%}  {label(index)}")
+
+def run_command(args: argparse.Namespace) -> int:
+    from .run import run_script
+
+    if not args.command:
+        raise CliError("run needs the path of a script, e.g. `timm-flashwin run validate.py --help`")
+    run_script(args.command[0], args.command[1:])
     return 0
 
 
-def create_classifier(name: str, pretrained: bool, checkpoint: Path | None):
-    """timm's model of that name with the weights that the user asked for."""
-    import timm
+def models_command(args: argparse.Namespace) -> int:
+    from .catalogue import run_models
 
-    cfg = pretrained_cfg(name)
-    if pretrained:
-        return fetch_pretrained(name, cfg)
-    model = timm.create_model(name)
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    else:
-        print(
-            f"{PROG}: warning: the weights are random, so the classes mean nothing; "
-            "pass --pretrained, or --checkpoint FILE",
-            file=sys.stderr,
-        )
-    return model
+    return run_models(args.filter)
 
 
-def pretrained_cfg(name: str):
-    """timm's entry for the name's weights, or None where it has none.
+def parity_command(args: argparse.Namespace) -> int:
+    import torch
 
-    Raises:
-        CliError: timm does not know the name, or not the tag behind its dot.
-    """
-    import timm
+    from .parity import run_parity
 
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() gives the names"
-        raise CliError(f"--model {name} is unknown to timm; {hint}")
-    try:
-        return timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        tags = [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0] + ".*")]
-        raise CliError(f"--model {name}: there are no weights of that tag; there are {', '.join(tags)}") from error
-
-
-def fetch_pretrained(name: str, cfg):
-    """Create the model with its weights from the hub, or from the hub client's cache."""
-    import timm
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if cfg is None or not cfg.has_weights:
-        raise CliError(f"--pretrained: timm has no weights for {name}; pass --checkpoint FILE")
-    # The first base is the error class of the HTTP client that this version of the hub client is built on (requests,
-    # httpx, ...). What is wrong with the network is an OSError in some of them only.
-    fetch_errors = (OSError, HfHubHTTPError.__bases__[0])
-    try:
-        if cfg.hf_hub_id:
-            check_hub(cfg.hf_hub_id)
-        return timm.create_model(name, pretrained=True)
-    except fetch_errors as error:
-        raise CliError(
-            f"the weights of {name} could not be fetched ({cfg.hf_hub_id or cfg.url}): {one_line(root_cause(error))}; "
-            "check the connection, or pass --checkpoint FILE",
-            status=1,
-        ) from error
+    if args.amp_dtype and not args.amp:
+        raise CliError(f"--amp-dtype {args.amp_dtype} is given without --amp; add --amp, or leave it out for float32")
+    return run_parity(
+        args.model,
+        args.data_dir,
+        checkpoint=args.checkpoint,
+        amp_dtype=getattr(torch, args.amp_dtype or "float16") if args.amp else None,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=resolve_device(args.device),
+        tolerance=args.tolerance,
+        json_path=args.json,
+        csv_path=args.csv,
+    )
 
 
-def check_hub(hub_id: str) -> None:
-    """Ask the hub once for weights that are not in the cache: the download itself would retry for most of a minute."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+def doctor_command(args: argparse.Namespace) -> int:
+    from .doctor import run_doctor
 
-    repo, _, revision = hub_id.partition("@")
-    files = ("model.safetensors", "pytorch_model.bin")
-    if any(isinstance(try_to_load_from_cache(repo, file, revision=revision or None), str) for file in files):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, files[0], revision=revision or None))
-    except EntryNotFoundError:
-        pass  # the hub answers, and timm knows other names of files
-
-
-def root_cause(error: BaseException) -> BaseException:
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return error
-
-
-def load_checkpoint(model, path: Path) -> None:
-    """Load the file strictly; the classifier takes the number of classes that the file has.
-
-    The state dict is read through timm, as in timm's load_checkpoint, so checkpoints of its train.py work, and EMA
-    weights come first.
-    """
-    from timm.models import load_state_dict
-
-    try:
-        state_dict = load_state_dict(str(path), weights_only=True)
-        weight = state_dict.get(f"{model.pretrained_cfg.get('classifier')}.weight")
-        if weight is not None and len(weight) != model.num_classes:
-            model.reset_classifier(len(weight))
-        model.load_state_dict(state_dict)
-    except Exception as error:  # a file from anywhere can be wrong in any way
-        raise CliError(
-            f"--checkpoint {path} cannot be loaded into {type(model).__name__}: {one_line(error)}"
-        ) from error
-
-
-def read_image(path: Path, mode: str):
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's formats raise
-        raise CliError(f"{path} cannot be read as an image: {one_line(error)}") from error
-
-
-def class_labels(model) -> Callable[[int], str]:
-    """Class index -> what to print: the name where one is known for this number of classes, else the index."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    names = model.pretrained_cfg.get("label_names") or ()
-    if len(names) == model.num_classes:
-        descriptions = model.pretrained_cfg.get("label_descriptions") or {}
-        return lambda index: descriptions.get(names[index], names[index])
-    subset = infer_imagenet_subset(model)
-    if subset is not None:
-        return ImageNetInfo(subset).index_to_description
-    return "class {}".format
+    return run_doctor(resolve_device(args.device))

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from timm.data import create_transform
 from torch import Tensor, nn
 
+from .console import format_table
 from .functional import fallback_reason
 from .models.dispatch import FlashAttention
 from .models.registry import SUFFIX
@@ -100,16 +101,16 @@ def median_ms(models: tuple[nn.Module, ...], images: Tensor) -> list[float]:
     times = [[] for _ in models]
     for run in range(WARMUP_RUNS + TIMED_RUNS):
         for model, own_times in zip(models, times, strict=True):
-            _synchronize(images.device)
+            synchronize(images.device)
             start = time.perf_counter()
             model(images)
-            _synchronize(images.device)
+            synchronize(images.device)
             if run >= WARMUP_RUNS:
                 own_times.append((time.perf_counter() - start) * 1e3)
     return [statistics.median(own_times) for own_times in times]
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -145,7 +146,8 @@ def run_demo(device: torch.device) -> int:
 
 def print_table(class_names: list[str], truth: Tensor, stock: Tensor, flashwin: Tensor) -> None:
     """One line an image; a wrong prediction is marked."""
-    print(f"{'image':>5}  {'truth':<13}{'timm':<15}flashwin")
+    rows = [("image", "truth", "timm", "flashwin")]
     for i, (label, *predictions) in enumerate(zip(truth.tolist(), stock.tolist(), flashwin.tolist(), strict=True)):
         cells = [class_names[prediction] + ("" if prediction == label else " x") for prediction in predictions]
-        print(f"{i:>5}  {class_names[label]:<13}{cells[0]:<15}{cells[1]}")
+        rows.append((str(i), class_names[label], *cells))
+    print(format_table(rows, "><<<"))

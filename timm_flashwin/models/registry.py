@@ -1,7 +1,9 @@
 """Names in timm's registry: every Swin of timm's has its `<arch>_flashwin` twin, with all its pretrained tags.
 
 A twin is timm's own model, built by timm's own entry point with timm's own weights (the hub ids are written out in the
-cfgs below, because timm would complete them with our names), and then accelerated.
+cfgs below, because timm would complete them with our names), and then accelerated. What it says of itself in its
+`pretrained_cfg` is timm's too, the architecture's name included: `timm.models.save_for_hf` and `push_to_hf_hub` write
+that name into the config.json, and timm alone, where this package is not installed, has to find it.
 """
 
 import timm
@@ -41,6 +43,8 @@ def flashwin_names() -> dict[str, str]:
 def _entrypoint(name: str, arch: str):
     def create(pretrained: bool = False, **kwargs) -> nn.Module:
         model = model_entrypoint(arch)(pretrained=pretrained, **kwargs)
+        if model.pretrained_cfg["architecture"] in default_cfgs:  # it was given a cfg of ours, as timm's scripts do
+            model.pretrained_cfg["architecture"] = arch
         if is_exportable() or is_scriptable():  # asked for at construction, through create_model
             log_fallback("exportable=True or scriptable=True asks for it", "cpu")
         else:
