@@ -237,7 +237,8 @@ def store_stats(ptr, row_max, inverse_sum, window, head, rows, num_heads, WINDOW
 
 @triton.jit
 def load_stats(ptr, window, head, rows, num_heads, WINDOW_AREA: tl.constexpr):
-    """(row_max, inverse_sum) of the query `rows`; 0 outside the window."""
+    """(row_max, inverse_sum) of the query `rows`; outside the window those that make every probability 0."""
     offsets = 2 * stats_offsets(window, head, rows, num_heads, WINDOW_AREA)  # m
-    row_max = tl.load(ptr + offsets, mask=rows < WINDOW_AREA, other=0.0)  # m
+    # Not 0: with the bias of the last row, which rows past the end have too, the exponential could overflow.
+    row_max = tl.load(ptr + offsets, mask=rows < WINDOW_AREA, other=float("inf"))  # m
     return row_max, tl.load(ptr + offsets + 1, mask=rows < WINDOW_AREA, other=0.0)  # m
