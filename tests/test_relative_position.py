@@ -23,7 +23,7 @@ def make_table(window_size, num_heads, dtype=torch.float32, device="cpu"):
 def timms(table, window_size):
     """`WindowAttention._get_rel_pos_bias` of timm's."""
     area = window_size[0] * window_size[1]
-    index = get_relative_position_index(*window_size, device=table.device)
+    index = get_relative_position_index(*window_size).to(table.device)
     return table[index.view(-1)].view(area, area, -1).permute(2, 0, 1).contiguous()
 
 

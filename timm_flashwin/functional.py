@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .geometry import to_pair
 from .kernels import needs_stats
-from .ops import autocast_dtype
+from .ops import autocast_dtype, transforms_are_on
 
 _logger = logging.getLogger("timm_flashwin")
 
@@ -146,7 +146,7 @@ def windowed_sdpa(
     _check_companion("k", k, q, tuple(q.shape), "the shape of q", q.dtype)
     _check_companion("v", v, q, tuple(q.shape), "the shape of q", q.dtype)
     B_, num_heads, N, head_dim = q.shape
-    if min(num_heads, N, head_dim) < 1:
+    if num_heads < 1 or N < 1 or head_dim < 1:  # the torch.compile of torch 2.6 takes no min() of three
         raise ValueError(f"q has the shape {tuple(q.shape)}; only B_ may be 0")
     _check_bias(bias, q, num_heads, N)
     if mask is not None:
@@ -276,6 +276,10 @@ def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int | No
 
 def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int) -> str | None:
     """Why the kernels cannot serve such a call; None where they can."""
+    if transforms_are_on():
+        return (
+            "a torch.func transform or a forward-mode derivative is under way, and the kernels have no rule for either"
+        )
     if head_dim is not None and not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {head_dim}"
     if window_area > MAX_WINDOW_AREA:
@@ -302,6 +306,11 @@ def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton's interpreter computes bfloat16 products wrongly"
     if dtype not in _KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
+    if device.type == "cuda":
+        # Found out now: in the backward, or in the middle of a compiled graph, there would be no way back.
+        error = importlib.import_module(".kernels.probe", __package__).compile_error(device, dtype)
+        if error is not None:
+            return f"Triton cannot compile for {torch.cuda.get_device_name(device)} ({error})"
     return None
 
 

@@ -1,4 +1,6 @@
-"""The kernels as PyTorch operators: schema, fake kernel, autograd and autocast. Triton is imported on the first launch.
+"""The kernels as PyTorch operators: schema, fake kernel, autograd, autocast and FLOP counts.
+
+Triton is imported on the first launch.
 
 `timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows,
 `timm_flashwin::relative_position_bias` makes the bias of both; each has a `_backward` beside it. They take what
@@ -6,9 +8,11 @@
 """
 
 import contextlib
+import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .geometry import num_windows
 
@@ -35,6 +39,8 @@ _library.define(
 _library.define("relative_position_bias(Tensor table, int[2] window_size) -> Tensor")
 _library.define("relative_position_bias_backward(Tensor dbias, int[2] window_size) -> Tensor")
 
+_WAY_OUT = 'use impl="reference", by timm_flashwin.accelerate(model, impl="reference") for a model'
+
 
 def _implement(name: str, kernel, fake, backward=None, setup_context=None) -> None:
     # "CPU" is for Triton's interpreter; functional sends no CPU tensor here without it.
@@ -42,11 +48,19 @@ def _implement(name: str, kernel, fake, backward=None, setup_context=None) -> No
         _library.impl(name, kernel, dispatch_key)
     torch.library.register_fake(f"timm_flashwin::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(f"timm_flashwin::{name}", backward, setup_context=setup_context, lib=_library)
+
+        def without_tangents(ctx, *grads):
+            if any(grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads):
+                raise NotImplementedError(f"timm_flashwin::{name} has no forward-mode derivative; " + _WAY_OUT)
+            return backward(ctx, *grads)
+
+        torch.library.register_autograd(
+            f"timm_flashwin::{name}", without_tangents, setup_context=setup_context, lib=_library
+        )
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError('window attention has no second derivative in Triton; use impl="reference" for double backward')
+    raise RuntimeError("window attention has no second derivative in Triton; " + _WAY_OUT)
 
 
 def _launch():
@@ -58,6 +72,15 @@ def _launch():
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this kind of device, None where autocast is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards on both by itself
+def transforms_are_on() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way.
+
+    The operators have no rules for them: under a dual level they would lose the tangents and say nothing.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _acc_dtype(x: Tensor) -> torch.dtype:
@@ -326,3 +349,52 @@ def _autocast(op, num_activations: int):
 for _key in ("AutocastCUDA", "AutocastCPU"):
     _library.impl("window_attention", _autocast(torch.ops.timm_flashwin.window_attention, 1), _key)
     _library.impl("windowed_sdpa", _autocast(torch.ops.timm_flashwin.windowed_sdpa, 3), _key)
+
+
+# ------------------------------------------------------------------------------------------------ FLOP counts
+
+
+def _product_flops(windows: int, num_heads: int, N: int, head_dim: int) -> int:
+    """Of one product of an N x N matrix a window and head, padded windows and masked pairs included."""
+    return 2 * windows * num_heads * N * N * head_dim
+
+
+def _map_product_flops(qkv_shape, num_heads: int, window_size) -> int:
+    B, H, W, three_c = qkv_shape
+    rows, cols = num_windows((H, W), window_size)
+    head_dim = three_c // (3 * num_heads)
+    return _product_flops(B * rows * cols, num_heads, window_size[0] * window_size[1], head_dim)
+
+
+def _register_flop_formulas() -> None:
+    """As torch counts its own fused attention: two products forward, and five backward, one of them the logits again.
+
+    The counter's module imports Triton. timm has done so where Triton can be used; this must not be the import that
+    does, and without Triton there is nothing to count.
+    """
+    if "triton" not in sys.modules:
+        return
+    from torch.utils.flop_counter import register_flop_formula
+
+    ops = torch.ops.timm_flashwin
+
+    @register_flop_formula(ops.window_attention)
+    def window_attention_flops(qkv_shape, bias, pad_qkv, logit_scale, num_heads, window_size, *_, **__) -> int:
+        return 2 * _map_product_flops(qkv_shape, num_heads, window_size)
+
+    @register_flop_formula(ops.window_attention_backward)
+    def window_attention_backward_flops(
+        do, qkv_shape, bias, pad_qkv, logit_scale, out, stats, num_heads, window_size, *_, **__
+    ) -> int:  # fmt: skip
+        return 5 * _map_product_flops(qkv_shape, num_heads, window_size)
+
+    @register_flop_formula(ops.windowed_sdpa)
+    def windowed_sdpa_flops(q_shape, *_, **__) -> int:
+        return 2 * _product_flops(*q_shape)
+
+    @register_flop_formula(ops.windowed_sdpa_backward)
+    def windowed_sdpa_backward_flops(do, q_shape, *_, **__) -> int:
+        return 5 * _product_flops(*q_shape)
+
+
+_register_flop_formulas()
