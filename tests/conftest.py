@@ -1,6 +1,7 @@
 """Where the kernels run in the tests: on the GPU if there is one, else on the CPU in Triton's interpreter."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,15 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before a kernel is defined
 KERNEL_DEVICE = "cuda" if GPU else "cpu"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--timm-scripts",
+        type=Path,
+        metavar="DIR",
+        help="folder with timm's train.py, validate.py, ...: the top of its repository; no release on PyPI has them",
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -21,6 +31,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def timm_scripts(request) -> Path:
+    """The folder of --timm-scripts; without it the test is skipped."""
+    folder = request.config.getoption("--timm-scripts")
+    if folder is None:
+        pytest.skip("needs timm's own scripts: pytest --timm-scripts DIR")
+    return folder.resolve(strict=True)
 
 
 @pytest.fixture

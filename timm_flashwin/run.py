@@ -3,6 +3,8 @@
 timm's train.py imports this package by its own flag, `--device-modules timm_flashwin`; its other scripts have no such
 flag. Spawned workers (`torch.multiprocessing.spawn`, data loaders, process pools) are new interpreters, which run the
 script again as `__mp_main__`: they get the names too. Other programs that the script starts do not.
+
+One thing differs from `python script.py`: timm is the installed one, also where a folder `timm` lies beside the script.
 """
 
 import builtins
