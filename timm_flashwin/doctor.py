@@ -191,7 +191,8 @@ def attention_errors(case: Case, dtype: torch.dtype, device: torch.device, impl:
     precision is autocast's: timm's softmax and normalisation are in float32 there.
 
     Args:
-        case: The kind of block. Its windows are shifted, and its map does not divide into them.
+        case: The kind of block. Its windows are shifted, and its map is padded (without cosine: not every timm can
+            build a V2 block for a map that has to be).
         dtype: What it computes in: float32, float16 or bfloat16.
         device: Where ours and timm's run; float64 runs on the CPU, which has it everywhere.
         impl: As in `timm_flashwin.window_attention`.
@@ -199,7 +200,7 @@ def attention_errors(case: Case, dtype: torch.dtype, device: torch.device, impl:
     Returns:
         The output's error first, then the gradient's of the input and of each parameter.
     """
-    size = 2 * case.window, 2 * case.window - 1
+    size = 2 * case.window, 2 * case.window - (0 if case.cosine else 1)
     stock = case.block(size).to(dtype).float()
     flashwin = copy.deepcopy(stock)
     accelerate(flashwin, impl)

@@ -68,6 +68,7 @@ def run_parity(
         images,
         batch_size=batch_size,
         num_workers=workers,
+        persistent_workers=workers > 0,  # timm 1.0.20 hands its default, True, to torch, which refuses it
         pin_memory=device.type == "cuda",
         device=device,
         **config,

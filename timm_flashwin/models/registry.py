@@ -8,7 +8,7 @@ that name into the config.json, and timm alone, where this package is not instal
 
 import timm
 from timm.layers import is_exportable, is_scriptable
-from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
+from timm.models import DefaultCfg, generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
 from torch import nn
 
 from ..functional import log_fallback
@@ -31,7 +31,7 @@ ALIASES = {
 
 _MODULES = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")  # of timm.models
 
-default_cfgs = {}  # where timm's register_model looks for the cfgs of this module's names
+default_cfgs: dict[str, DefaultCfg] = {}  # where timm's register_model looks for the cfgs of this module's names
 
 
 def flashwin_names() -> dict[str, str]:
