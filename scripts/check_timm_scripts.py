@@ -1,9 +1,11 @@
 """Run timm's own scripts, unpatched, with a *_flashwin name and timm's beside it, and print a row for each run.
 
     python scripts/check_timm_scripts.py --timm-scripts DIR [--processes 2] [--device cuda] [--data-dir IMAGES]
+    python scripts/check_timm_scripts.py --timm-scripts DIR --out results/nvidia_h200/timm_scripts.jsonl
 
 DIR is the top of timm's repository: no release on PyPI has the scripts. Small models, few images, an epoch or two: the
-question is whether everything works; the speeds are no benchmark. timm's inference.py needs pandas.
+question is whether everything works; the speeds are no benchmark. timm's inference.py needs pandas. The exit status is
+1 where a run failed.
 
 On the CPU timm's train.py cannot run distributed by itself: it hands DistributedDataParallel the CPU as a device id.
 There the distributed runs get a module along that drops it.
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmarking import format_table, pick_device
+from benchmarking import format_table, merge_rows, pick_device, provenance
 from compare_finetune import FALLBACK
 from PIL import Image
 
@@ -34,6 +36,7 @@ SIZE = 32  # pixels
 MODEL = ["--model-kwargs", f"img_size={SIZE}", "embed_dim=32", "depths=[2,2]", "num_heads=[1,2]", "window_size=4"]
 CLASSES, TRAIN_IMAGES, VALIDATION_IMAGES = 2, 32, 16  # of the generated folder; images of each class
 TIMEOUT_S = 900
+PLUGIN_RUN = ["-m", "timm_flashwin", "run"]
 AVERAGE_RATE = r"\([\d.]+s, +([\d.]+)/s\)"  # in the logs of train.py and validate.py
 BENCHMARK_RATE = r'"infer_samples_per_sec": ([\d.]+)'
 
@@ -63,15 +66,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    status: str  # "ok", or what went wrong
+    status: str  # "ok", or what went wrong: a line, and the end of the output
     seconds: float
-    images_per_s: str
+    images_per_s: float | None
 
 
 def main() -> int:
     args = parse_args()
     stock = flashwin_names()[args.model]
-    table, failures = [], []
+    rows, failures = [], []
+    origin, beside = provenance(pick_device(args.device), None), timm_beside(args.timm_scripts)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "cpu_ddp.py").write_text(CPU_DDP)
@@ -80,13 +84,20 @@ def main() -> int:
         for number, run in enumerate(runs, start=1):
             print(f"{number}/{len(runs)} {run.script}, {run.model}: {run.what} ...", flush=True)
             outcome = execute(run, work, must_use_kernels=args.device == "cuda" and run.model != stock)
-            result = "ok" if outcome.status == "ok" else "FAILED"
-            cells = (run.script, str(run.processes), run.model, run.what, result)
-            table.append((*cells, outcome.images_per_s, f"{outcome.seconds:.0f}"))
+            row = {"check": "timm_scripts", "script": run.script, "processes": run.processes, "model": run.model}
+            row |= {"run": run.what, "precision": "amp_bf16" if precision(args) else "float32"}
+            row |= {"result": outcome.status.partition("\n")[0], "img_per_s": outcome.images_per_s}
+            row |= {"seconds": round(outcome.seconds, 1)} | origin
+            if " ".join(PLUGIN_RUN) not in " ".join(run.command):
+                row["timm"] = beside
+            rows.append(row)
             if outcome.status != "ok":
                 failures.append(f"{' '.join(run.command)}\n{outcome.status}")
-    print(format_table(("script", "processes", "model", "run", "result", "images/s", "seconds"), table))
+    print(table(rows))
     print(*(f"\nFAILED: {failure}" for failure in failures), sep="\n")
+    if args.out:
+        merge_rows(args.out, rows, key=("script", "processes", "model", "run", "precision"))
+        print(f"{args.out} written")
     print(f"{len(runs) - len(failures)} of {len(runs)} ok")
     return 1 if failures else 0
 
@@ -98,6 +109,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="image folder with train/ and validation/ (noise)")
     parser.add_argument("--processes", type=int, default=2, help="of the distributed runs; 1: none (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows there, too, as JSON Lines")
     args = parser.parse_args()
     args.device = pick_device(args.device).type  # each process takes the GPU of its rank
     for name in ("train.py", "validate.py", "inference.py", "benchmark.py", "bulk_runner.py"):
@@ -108,6 +120,29 @@ def parse_args() -> argparse.Namespace:
     if args.device == "cuda" and args.processes > torch.cuda.device_count():
         parser.error(f"--processes {args.processes}: each needs a GPU, and there are {torch.cuda.device_count()}")
     return args
+
+
+def timm_beside(folder: Path) -> str:
+    """The version of the timm that `python` gives a script of the folder: a checkout's own, or the installed one."""
+    command = [sys.executable, "-c", "import timm; print(timm.__version__)"]  # -c looks in the working directory first
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def table(rows: list[dict]) -> str:
+    header = ("script", "processes", "model", "run", "result", "images/s", "seconds")
+    cells = (
+        (
+            row["script"],
+            str(row["processes"]),
+            row["model"],
+            row["run"],
+            "ok" if row["result"] == "ok" else "FAILED",
+            "-" if row["img_per_s"] is None else f"{row['img_per_s']:.2f}",
+            f"{row['seconds']:.0f}",
+        )
+        for row in rows
+    )
+    return format_table(header, cells)
 
 
 def write_images(folder: Path) -> Path:
@@ -127,7 +162,7 @@ def write_images(folder: Path) -> Path:
 
 def single_runs(args: argparse.Namespace, stock: str, images: Path, work: Path) -> Iterator[Run]:
     """Every script in one process, with timm's name beside ours where that tells something."""
-    flashwin_run = [sys.executable, "-m", "timm_flashwin", "run"]
+    flashwin_run = [sys.executable, *PLUGIN_RUN]
 
     def command(name: str, *options: str) -> list[str]:
         return [script(args, name), "--device", args.device, *options, *precision(args)]
@@ -174,7 +209,7 @@ def distributed_runs(args: argparse.Namespace, stock: str, images: Path, work: P
         return
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
     yield from train_runs(args, stock, images, work, torchrun, args.processes)
-    launcher = [*torchrun, "-m", "timm_flashwin", "run"]
+    launcher = [*torchrun, *PLUGIN_RUN]
     options = train_options(args, args.model, images, work, "run")
     command = [*launcher, script(args, "train.py"), *device_modules(args, args.processes), *options, "--epochs", "1"]
     what = "names from timm-flashwin run"
@@ -306,7 +341,7 @@ def execute(run: Run, work: Path, must_use_kernels: bool) -> Outcome:
     if status != "ok":
         status += "\n" + output[-3000:]
     rates = re.findall(run.rate, output) if run.rate else []
-    return Outcome(status, time.perf_counter() - start, rates[-1] if rates else "-")
+    return Outcome(status, time.perf_counter() - start, float(rates[-1]) if rates else None)
 
 
 if __name__ == "__main__":

@@ -52,9 +52,9 @@ with open(report, "w") as file:
 
 
 def main() -> int:
-    args = parse_args()
-    device = pick_device(args.device)
     config = yaml.safe_load(CONFIG.read_text())
+    args = parse_args(config)
+    device = pick_device(args.device)
     twin = config["model"]
     stock = flashwin_names()[twin]
     out = args.out or default_out(device, "finetune.jsonl")
@@ -78,7 +78,7 @@ def main() -> int:
     return 0 if report_verdict(rows) else 1
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(config: dict) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_dir_option(parser)
     parser.add_argument(
@@ -103,6 +103,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if len(set(args.seeds)) < 2:
         parser.error("--seeds: the spread needs two different seeds")
+    if args.limit is not None and args.limit * config["num_classes"] < config["batch_size"]:
+        parser.error(f"--limit {args.limit}: that is less than one batch, {config['batch_size']} images in all")
     if not (args.timm_scripts / "train.py").is_file():
         parser.error(f"--timm-scripts: there is no train.py in {args.timm_scripts}")
     if importlib.util.find_spec("matplotlib") is None:

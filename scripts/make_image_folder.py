@@ -22,6 +22,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         parser.error(f"--output: {args.output} is there already; name a new folder")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit: {args.limit} is not positive; leave it out for all images")
     counts = write_image_folder(args.data_dir, args.output, args.limit)
     print(f"{args.output}: " + ", ".join(f"{count} images in {split}" for split, count in counts.items()))
 
@@ -34,14 +36,16 @@ def write_image_folder(data_dir: Path, output: Path, limit: int | None = None) -
 
     Raises:
         FileExistsError: `output` is there already: what it holds would be mixed with what is written.
+        FileNotFoundError: A file of the data set is missing; nothing was made.
     """
+    splits = {split: FashionMNIST(data_dir, train=split == "train") for split in ("train", "validation")}
     output.mkdir(parents=True)
     counts = {}
-    for split in ("train", "validation"):
+    for split, images in splits.items():
         written = Counter()
         for folder in FOLDERS:
             (output / split / folder).mkdir(parents=True)
-        for index, (image, label) in enumerate(tqdm(FashionMNIST(data_dir, train=split == "train"), desc=split)):
+        for index, (image, label) in enumerate(tqdm(images, desc=split)):
             if limit is None or written[label] < limit:
                 image.save(output / split / FOLDERS[label] / f"{index:05d}.png")
                 written[label] += 1

@@ -7,6 +7,8 @@ from judge import assert_as_exact_as_timm, relative_error, timm_window_attention
 
 from timm_flashwin import reference, window_attention, windowed_sdpa
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: they are meant
+
 HEADS, HEAD_DIM = 1, 16
 C = HEADS * HEAD_DIM
 HALF_DTYPES = [torch.float16] + ([torch.bfloat16] if GPU else [])  # the interpreter has no bfloat16 products

@@ -3,6 +3,9 @@
 A large call is compared with small ones on parts of it.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -115,14 +118,45 @@ def test_the_position_bias_of_heads_past_31_bits_is_right_to_its_last_head():
     assert torch.equal(bias[-2:], functional.relative_position_bias(table[:, -2:].clone(), 24, impl="reference"))
 
 
-@pytest.mark.xfail(strict=True, reason="the bias is addressed in 32 bits (primitives.py, load_bias_tile)")
-def test_a_bias_past_31_bits_is_read_to_its_last_head():
-    needs_memory(12)
-    num_heads = PAST_31_BITS // 576**2 + 3
-    # Read at a wrapped address the last heads would fault, or find another head's bias.
-    bias = randn(num_heads, 1, 1).expand(num_heads, 576, 576).contiguous()
-    bias[-2:, :, 5] += 10
-    q, k, v = randn(3, 1, num_heads, 576, 8).unbind(0)
-    out = windowed_sdpa(q, k, v, bias, impl="triton")[:, -2:]
-    expected = windowed_sdpa(q[:, -2:], k[:, -2:], v[:, -2:], bias[-2:], impl="reference")
-    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+# ------------------------------------------------------------------------------------- known to fail: see the reasons
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import torch
+from timm_flashwin import windowed_sdpa
+q, k, v = (torch.empty(1, {num_heads}, 576, {head_dim}, device="cuda", dtype=torch.float16).normal_() for _ in range(3))
+bias = torch.randn({num_heads}, 1, 576, device="cuda", dtype=torch.float16).repeat(1, 576, 1) if {has_bias} else None
+out = windowed_sdpa(q, k, v, bias, impl="triton")[:, -2:]
+bias = bias[-2:] if {has_bias} else None
+expected = windowed_sdpa(q[:, -2:], k[:, -2:], v[:, -2:], bias, impl="reference")
+torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+"""
+
+
+@pytest.mark.parametrize(
+    "num_heads, head_dim, has_bias",
+    [
+        pytest.param(
+            PAST_31_BITS // 576**2 + 3, 8, True, id="bias",
+            marks=pytest.mark.xfail(strict=True, reason="head * N * N in 32 bits (primitives.py, load_bias_tile)"),
+        ),
+        pytest.param(
+            PAST_31_BITS // (576 * 128) + 3, 128, False, id="q",
+            marks=pytest.mark.xfail(strict=True, reason="head * stride_head in 32 bits, for contiguous q, k and v too"),
+        ),
+    ],
+)  # fmt: skip
+def test_one_window_past_31_bits_is_right_to_its_last_head(num_heads, head_dim, has_bias):
+    """In a process of its own: after an illegal address nothing else would run in this one."""
+    needs_memory(30)
+    code = IN_A_PROCESS_OF_ITS_OWN.format(num_heads=num_heads, head_dim=head_dim, has_bias=has_bias)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.xfail(strict=True, reason="windows are counted in 32 bits (primitives.py, share_of): none is computed")
+def test_more_windows_than_31_bits_count_are_all_computed(poisoned):
+    needs_memory(40)
+    qkv = randn(1, 256, 256, 24).expand(PAST_31_BITS // 256**2 + 1, 256, 256, 24)
+    out = window_attention(qkv, 1, 1, impl="triton")  # a window of one token is its own value
+    for image in (0, -1):
+        assert torch.equal(out[image], qkv[image, ..., 16:])

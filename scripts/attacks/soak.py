@@ -53,13 +53,20 @@ class Side:
     def summary(self) -> dict:
         losses, norms = torch.stack(self.losses).float().cpu(), torch.stack(self.norms).float().cpu()
         return dict(
-            first_loss=losses[0].item(),
-            last_loss=losses[-LAST:].mean().item(),
-            not_finite=int((~torch.isfinite(losses)).sum()),
-            first_grad_norm=norms[0].item(),
-            last_grad_norm=norms[-LAST:].median().item(),
+            first_loss=mean_of_finite(losses[:1]),
+            last_loss=mean_of_finite(losses[-LAST:]),
+            losses_not_finite=int((~torch.isfinite(losses)).sum()),
+            mean_grad_norm=mean_of_finite(norms),
+            last_grad_norm=mean_of_finite(norms[-LAST:]),
+            grad_norms_not_finite=int((~torch.isfinite(norms)).sum()),  # steps that GradScaler has to leave out
             skipped_steps=self.skipped,
         )
+
+
+def mean_of_finite(x: Tensor) -> float | None:
+    """The mean of the numbers among `x`; None where there is none."""
+    finite = x[torch.isfinite(x)]
+    return finite.mean().item() if len(finite) else None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,9 +112,9 @@ def soak(args: argparse.Namespace, device: torch.device, family: str, dtype: tor
         for model, summary in zip(models, summaries.values(), strict=True):
             predicted = predict(model, test_set[0], device).argmax(1)
             summary["test_accuracy"] = (predicted == test_set[1]).double().mean().item()
+    all_finite = not any(summary["losses_not_finite"] for summary in summaries.values())
     theirs, ours = (summary["last_loss"] for summary in summaries.values())
-    # A NaN compares as false.
-    agree = abs(ours - theirs) <= LOSS_TOLERANCE * theirs and not any(s["not_finite"] for s in summaries.values())
+    agree = all_finite and abs(ours - theirs) <= LOSS_TOLERANCE * theirs
     label = f"{family} {str(dtype).removeprefix('torch.')}, seed {args.seed}"
     write_row(args, device, "soak", label, steps=args.steps, batch_size=args.batch_size, agree=agree, **summaries)
     return not agree
