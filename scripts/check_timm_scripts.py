@@ -82,7 +82,7 @@ def main() -> int:
         images = args.data_dir.resolve() if args.data_dir else write_images(work / "images")
         runs = [*single_runs(args, stock, images, work), *distributed_runs(args, stock, images, work)]
         for number, run in enumerate(runs, start=1):
-            print(f"{number}/{len(runs)} {run.script}, {run.model}: {run.what} ...", flush=True)
+            print(f"{number}/{len(runs)} {run.script}, {run.model}: {run.what} ...", end=" ", flush=True)
             outcome = execute(run, work, must_use_kernels=args.device == "cuda" and run.model != stock)
             row = {"check": "timm_scripts", "script": run.script, "processes": run.processes, "model": run.model}
             row |= {"run": run.what, "precision": "amp_bf16" if precision(args) else "float32"}
@@ -91,13 +91,13 @@ def main() -> int:
             if " ".join(PLUGIN_RUN) not in " ".join(run.command):
                 row["timm"] = beside
             rows.append(row)
+            print(row["result"], flush=True)
+            if args.out:
+                merge_rows(args.out, [row], key=("script", "processes", "model", "run", "precision"))
             if outcome.status != "ok":
                 failures.append(f"{' '.join(run.command)}\n{outcome.status}")
     print(table(rows))
     print(*(f"\nFAILED: {failure}" for failure in failures), sep="\n")
-    if args.out:
-        merge_rows(args.out, rows, key=("script", "processes", "model", "run", "precision"))
-        print(f"{args.out} written")
     print(f"{len(runs) - len(failures)} of {len(runs)} ok")
     return 1 if failures else 0
 
