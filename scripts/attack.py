@@ -16,8 +16,6 @@ import os
 import sys
 from pathlib import Path
 
-ATTACKS = ("properties", "repeat", "leak", "soak", "sanitize")
-
 
 def main() -> int:
     args = parse_args()

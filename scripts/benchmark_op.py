@@ -229,9 +229,8 @@ def flex(case: Case, device: torch.device) -> Function:
     return in_windows(case, attend)
 
 
-def flashwin(case: Case, device: torch.device) -> Function:
-    """Ours. On a GPU the kernels or an error: never the fallback under the kernels' name."""
-    impl = "triton" if device.type == "cuda" else "auto"
+def operator(case: Case, impl: str) -> Function:
+    """`timm_flashwin.window_attention` of the case by one implementation."""
 
     def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None = None) -> Tensor:
         return window_attention(
@@ -239,6 +238,11 @@ def flashwin(case: Case, device: torch.device) -> Function:
         )  # fmt: skip
 
     return forward
+
+
+def flashwin(case: Case, device: torch.device) -> Function:
+    """Ours. On a GPU the kernels or an error: never the fallback under the kernels' name."""
+    return operator(case, "triton" if device.type == "cuda" else "auto")
 
 
 def copy_floor(case: Case, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
@@ -328,6 +332,12 @@ class Workload:
         del blocks
 
 
+def are_allowed(errors: dict[str, float], dtype_name: str) -> bool:
+    """Whether what `Workload.errors` found is small enough for the dtype; NaN is not."""
+    slack = {"dlogit_scale": SCALE_GRAD_SLACK}
+    return all(error < TOLERANCE[dtype_name] * slack.get(name, 1) for name, error in errors.items())
+
+
 def prepare(work: Workload, provider: str, progress: Progress) -> Callable[[], object] | None:
     """The call to time, checked and compiled; None, with the reason printed, where it fails or is wrong."""
     if provider == "copy_floor":
@@ -339,12 +349,10 @@ def prepare(work: Workload, provider: str, progress: Progress) -> Callable[[], o
         progress.say(f"{work.name}  {provider}: FAILED, {short_reason(error)}")
         return None
     measured = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    allowed = TOLERANCE[work.dtype_name]
-    slack = {"dlogit_scale": SCALE_GRAD_SLACK}
-    if not all(error < allowed * slack.get(name, 1) for name, error in errors.items()):
+    if not are_allowed(errors, work.dtype_name):
         progress.say(
-            f"{work.name}  {provider}: WRONG, {measured}; allowed is {allowed:.0e}, {SCALE_GRAD_SLACK} times that for "
-            "dlogit_scale"
+            f"{work.name}  {provider}: WRONG, {measured}; allowed is {TOLERANCE[work.dtype_name]:.0e}, "
+            f"{SCALE_GRAD_SLACK} times that for dlogit_scale"
         )
         return None
     progress.say(f"{work.name}  {provider}: correct, {measured}")
@@ -411,26 +419,26 @@ def is_meant(case: Case, text: str) -> bool:
     return text == case.name if text in (each.name for each in CASES) else text in case.name
 
 
-def parse_arguments() -> argparse.Namespace:
+def case_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that choose cases and dtypes, and say where they run and where the rows go."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="cases: " + ", ".join(case.name for case in CASES)
-    )
+        description=description, epilog="cases: " + ", ".join(case.name for case in CASES)
+    )  # fmt: skip
     parser.add_argument(
         "--cases", nargs="+", default=[""], metavar="NAME", help="names, or parts of names; all by default"
     )
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="PROVIDER")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"])
-    parser.add_argument("--repeats", type=int, default=50, help="timed rounds (default 50)")
-    parser.add_argument("--warmup", type=int, default=10, help="rounds before them (default 10)")
-    parser.add_argument("--out", type=Path, help="JSON Lines file (default results/<device>/op.jsonl)")
     parser.add_argument("--commit", help="what the rows say was measured (default: git's HEAD)")
     parser.add_argument("--device", default="cuda")
-    # For trying the script: a case small enough for a CPU.
+    # For trying a script: a case small enough for a CPU.
     parser.add_argument("--shape", nargs=6, type=int, action="append", help=argparse.SUPPRESS)
     parser.add_argument("--cosine", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
 
+
+def parse_cases(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What a `case_parser` parses, with the cases meant as `selected`."""
+    args = parser.parse_args()
     if args.shape:
         args.selected = [Case(*shape, cosine=args.cosine) for shape in args.shape]
     else:
@@ -441,6 +449,16 @@ def parse_arguments() -> argparse.Namespace:
         if case.C % HEAD_DIM or case.H % case.window or case.W % case.window:
             parser.error(f"{case.name}: C must be a multiple of {HEAD_DIM}, H and W of the window")
     return args
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = case_parser(__doc__.splitlines()[0])
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="PROVIDER")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--repeats", type=int, default=50, help="timed rounds (default 50)")
+    parser.add_argument("--warmup", type=int, default=10, help="rounds before them (default 10)")
+    parser.add_argument("--out", type=Path, help="JSON Lines file (default results/<device>/op.jsonl)")
+    return parse_cases(parser)
 
 
 def main() -> int:

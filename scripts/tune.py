@@ -23,7 +23,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from benchmark_op import CASES, DTYPES, HEAD_DIM, SCALE_GRAD_SLACK, TOLERANCE, Case, Function, Workload, is_meant
+from benchmark_op import HEAD_DIM, Case, Workload, are_allowed, case_parser, operator, parse_cases
 from benchmarking import (
     DeviceClock,
     HostClock,
@@ -39,7 +39,6 @@ from benchmarking import (
     short_reason,
 )
 
-from timm_flashwin import window_attention
 from timm_flashwin.kernels import ONE_TILE_AREA, launch
 from timm_flashwin.kernels.settings import KERNELS, Settings, settings_for
 
@@ -85,15 +84,6 @@ def in_force(kernel: str, settings: Settings) -> Iterator[None]:
         yield
 
 
-def operator(case: Case) -> Function:
-    def forward(qkv, bias, logit_scale=None):
-        return window_attention(
-            qkv, case.num_heads, case.window, case.shift, bias, logit_scale=logit_scale, impl="triton"
-        )  # fmt: skip
-
-    return forward
-
-
 def make_workload(case: Case, dtype: str, kernel: str, device: torch.device) -> Workload:
     return Workload(case, dtype, "fwd" if kernel.startswith("forward") else "fwd_bwd", device)
 
@@ -102,23 +92,19 @@ def refusal(work: Workload, kernel: str, settings: Settings) -> str | None:
     """Why the settings cannot be taken; None where they compile, fit and give the right results."""
     try:
         with in_force(kernel, settings):
-            errors = work.errors(operator(work.case))
+            errors = work.errors(operator(work.case, "triton"))
     except Exception as error:  # a compiler can fail in any way
         return short_reason(error)
-    allowed = TOLERANCE[work.dtype_name]
-    wrong = [
-        f"{name} {error:.1e}"
-        for name, error in errors.items()
-        if not error < allowed * (SCALE_GRAD_SLACK if name == "dlogit_scale" else 1)
-    ]
-    return f"wrong: {', '.join(wrong)}" if wrong else None
+    if are_allowed(errors, work.dtype_name):
+        return None
+    return f"wrong: {', '.join(f'{name} {error:.1e}' for name, error in errors.items())}"
 
 
 def compile_candidate(case: Case, dtype: str, kernel: str, settings: Settings, device: str) -> None:
     """Fill Triton's cache, in a process of its own; what fails here fails again, and is reported, in `refusal`."""
     work = make_workload(case, dtype, kernel, pick_device(device))
     with contextlib.suppress(Exception), in_force(kernel, settings):
-        work.run(operator(case))
+        work.run(operator(case, "triton"))
 
 
 def tune_kernel(work: Workload, kernel: str, args: argparse.Namespace, clock, pool, progress: Progress):
@@ -161,7 +147,7 @@ def tune_kernel(work: Workload, kernel: str, args: argparse.Namespace, clock, po
 
 def run_with(work: Workload, kernel: str, settings: Settings) -> None:
     with in_force(kernel, settings):
-        work.run(operator(work.case))
+        work.run(operator(work.case, "triton"))
 
 
 def describe(settings: Settings) -> str:
@@ -169,30 +155,14 @@ def describe(settings: Settings) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="cases: " + ", ".join(case.name for case in CASES)
-    )
-    parser.add_argument(
-        "--cases", nargs="+", default=[""], metavar="NAME", help="names, or parts of names; all by default"
-    )
+    parser = case_parser(__doc__.splitlines()[0])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="KERNEL")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"])
     parser.add_argument("--rounds", type=int, default=3, help="steps of the search for each kernel (default 3)")
     parser.add_argument("--repeats", type=int, default=20, help="timed turns of a candidate (default 20)")
     parser.add_argument("--warmup", type=int, default=3, help="turns before them (default 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: all cores)")
     parser.add_argument("--out", type=Path, help="JSON Lines file (default results/<device>/tune.jsonl)")
-    parser.add_argument("--commit", help="what the rows say was measured (default: git's HEAD)")
-    parser.add_argument("--device", default="cuda")
-    # For trying the script: a case small enough for a CPU.
-    parser.add_argument("--shape", nargs=6, type=int, action="append", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.selected = [Case(*shape) for shape in args.shape or ()] or [
-        case for case in CASES if any(is_meant(case, text) for text in args.cases)
-    ]
-    if not args.selected:
-        parser.error(f"no case's name holds any of {', '.join(args.cases)}; {parser.epilog}")
-    return args
+    return parse_cases(parser)
 
 
 def main() -> int:

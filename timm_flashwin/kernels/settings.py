@@ -1,7 +1,7 @@
 """How each kernel is cut and compiled: measured rows where there are some, rules elsewhere.
 
-Settings follow from the shape, the dtype and the device; nothing is timed on the user's first call. The rows of
-`_MEASURED` come from `scripts/tune.py`, which times their neighbours, each gated on correctness, on any GPU.
+Settings follow from the shape, the dtype and the device; nothing is timed on the user's first call.
+`scripts/tune.py` times the neighbours of the settings in force, each gated on correctness, on any GPU.
 """
 
 import functools
@@ -82,6 +82,7 @@ def _fitted(measured: Settings, kernel: str, window_area: int, cosine: bool) -> 
     """The row as it is, but for windows whose last key tile would mostly lie past their end (12x12, 14x14).
 
     That is work for nothing: half as many keys in a tile. The masks take more registers than three programs have.
+    Chosen by the compiler's report of registers and spills, not by a measurement.
     """
     overhang = -window_area % measured.block_n
     if kernel == "backward_dkdv" and not cosine and overhang >= measured.block_n // 2:
