@@ -83,7 +83,8 @@ DEFAULT_CASES = (
     "swinv2_base_window16_256:64:train",
     "swinv2_base_window12to24_192to384:16:train",
 )
-PRECISION = {"infer": "bf16", "train": "amp_bf16"}
+PRECISIONS = {"infer": ("bf16", "fp16", "fp32"), "train": ("amp_bf16", "fp32")}  # the first is what is timed here
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "amp_bf16": torch.float32}
 KEY = ("model", "batch", "task", "precision", "provider")
 # What only the logits of an attention see: tables in V1, and in V2 and V2-CR the networks and scales in their place.
 BIAS_PARAMETERS = ("relative_position_bias_table", "cpb_mlp", "meta_mlp", "logit_scale", ".tau")
@@ -95,33 +96,38 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is timed: a timm architecture, a batch size and a task."""
+    """What is timed: a timm architecture, a batch size, a task and its precision."""
 
     model: str
     batch: int
     task: str
     img_size: int
+    precision: str
 
     @classmethod
-    def parse(cls, text: str, img_size: int | None) -> "Entry":
-        """`model:batch` or `model:batch:task`."""
+    def parse(cls, text: str, img_size: int | None, precision: str | None = None) -> "Entry":
+        """`model:batch` or `model:batch:task`; without `precision` the first of the task's."""
         parts = text.split(":")
         if len(parts) not in (2, 3) or not parts[1].isdecimal():
             raise ValueError(f"{text}: write MODEL:BATCH or MODEL:BATCH:TASK")
         model, batch, task = (*parts, "infer")[:3]
         if not timm.is_model(model) or "." in model:
             raise ValueError(f"{text}: timm has no architecture {model!r} (pretrained tags are not for random weights)")
-        if task not in PRECISION or int(batch) < 1:
+        if task not in PRECISIONS or int(batch) < 1:
             raise ValueError(f"{text}: the task must be infer or train, and the batch at least 1")
-        return cls(model, int(batch), task, img_size or timm.get_pretrained_cfg(model).input_size[-1])
+        precision = precision or PRECISIONS[task][0]
+        if precision not in PRECISIONS[task]:
+            raise ValueError(f"{text}: {task} runs in {', '.join(PRECISIONS[task])}, not in {precision}")
+        return cls(model, int(batch), task, img_size or timm.get_pretrained_cfg(model).input_size[-1], precision)
 
     @property
     def name(self) -> str:
         return f"{self.model}:{self.batch}:{self.task}"
 
     @property
-    def precision(self) -> str:
-        return PRECISION[self.task]
+    def dtype(self) -> torch.dtype:
+        """Of weights and images."""
+        return DTYPES[self.precision]
 
     def takes(self, provider: str, device: torch.device) -> bool:
         """A graph is worth its fixed input and memory where launches are the bottleneck."""
@@ -213,8 +219,8 @@ class Reference:
     def __init__(self, entry: Entry, weights: dict[str, Tensor], images: Tensor, labels: Tensor):
         self.images, self.labels = images[:CHECKED_IMAGES], labels[:CHECKED_IMAGES]
         if entry.task == "infer":  # the same rounded weights and images as everybody's
-            self.images = self.images.bfloat16().float()
-            weights = {name: x.bfloat16().float() for name, x in weights.items()}
+            self.images = self.images.to(entry.dtype).float()
+            weights = {name: x.to(entry.dtype).float() for name, x in weights.items()}
         model = build_model("timm_eager", entry, weights, images.device)
         if entry.task == "infer":
             with torch.no_grad():
@@ -240,8 +246,8 @@ class Inference:
     """One provider in inference: `step()` is what is timed."""
 
     def __init__(self, provider: str, entry: Entry, weights: dict[str, Tensor], images: Tensor, labels: Tensor):
-        self.images = images.bfloat16()
-        self.model = build_model(provider, entry, weights, images.device, torch.bfloat16)
+        self.images = images.to(entry.dtype)
+        self.model = build_model(provider, entry, weights, images.device, entry.dtype)
         self.captures = provider.endswith("_cudagraph")
         self.call: Callable[[Tensor], Tensor] = self.model
         if provider.endswith("_compile"):
@@ -288,6 +294,7 @@ class Training:
 
     def __init__(self, provider: str, entry: Entry, weights: dict[str, Tensor], images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
+        self.amp = entry.precision == "amp_bf16"
         self.model = build_model(provider, entry, weights, images.device)
         self.compiled = provider.endswith("_compile")
         self.call = torch.compile(self.model, dynamic=False) if self.compiled else self.model
@@ -309,7 +316,7 @@ class Training:
             with torch.no_grad(), self._autocast():
                 logits = self.call(reference.images)
         else:
-            logits, bias_grads = logits_and_bias_grads(self.model, reference.images, reference.labels, amp=True)
+            logits, bias_grads = logits_and_bias_grads(self.model, reference.images, reference.labels, self.amp)
             errors["bias gradients"] = relative_error(bias_grads, reference.bias_grads)
         errors["logits"] = relative_error(logits, reference.logits)
         self.model.train()
@@ -320,7 +327,7 @@ class Training:
         return self.loss is not None and bool(torch.isfinite(self.loss))
 
     def _autocast(self):
-        return torch.autocast(self.images.device.type, torch.bfloat16)
+        return torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.amp)
 
 
 Runner = Inference | Training

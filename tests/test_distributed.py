@@ -66,8 +66,8 @@ def train(rank, device_type, file):
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # The interpreter does not shut down in an orderly way: a thread of gloo that lets go of a tensor meanwhile wants the
-    # interpreter, is refused it, and takes the process down with "terminate called without an active exception".
+    # No orderly shutdown of the interpreter: a thread of gloo that lets go of a tensor meanwhile wants the interpreter,
+    # is refused it, and takes the process down with "terminate called without an active exception".
     os._exit(0)
 
 
