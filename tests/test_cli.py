@@ -199,6 +199,12 @@ def test_pretrained_weights_travel_from_the_hub_and_then_from_its_cache(hub, pho
     again = classify_with_hub(hub, tmp_path, photo, "--model", TWIN)
     assert (again.returncode, printed_labels(again.stdout)) == (0, top_5), again.stderr
 
+    (cached,) = tmp_path.rglob("snapshots/*/model.safetensors")
+    cached.resolve().write_bytes(b"damaged")
+    damaged = classify_with_hub(hub, tmp_path, photo, "--model", TWIN)
+    assert (damaged.returncode, damaged.stdout, len(damaged.stderr.splitlines())) == (1, "", 1), damaged.stderr
+    assert "damaged" in damaged.stderr and HUB_ID in damaged.stderr
+
 
 def test_unreachable_hub_is_reported_plainly_and_at_once(photo, tmp_path):
     with LocalHub(tmp_path) as hub:

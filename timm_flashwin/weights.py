@@ -5,7 +5,9 @@ from pathlib import Path
 
 import timm
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import nn
 
@@ -57,6 +59,12 @@ def fetch_pretrained(name: str, cfg) -> nn.Module:
         if cfg.hf_hub_id:
             check_hub(cfg.hf_hub_id)
         return timm.create_model(name, pretrained=True)
+    except SafetensorError as error:
+        raise CliError(
+            f"the weights of {name} in the hub client's cache are damaged: {one_line(error)}; "
+            f"delete {HF_HUB_CACHE} or what it has of {cfg.hf_hub_id}, or pass --checkpoint FILE",
+            status=1,
+        ) from error
     except fetch_errors as error:
         raise CliError(
             f"the weights of {name} could not be fetched ({cfg.hf_hub_id or cfg.url}): {one_line(root_cause(error))}; "
