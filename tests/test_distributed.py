@@ -66,8 +66,8 @@ def train(rank, device_type, file):
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # No orderly shutdown of the interpreter: a thread of gloo that lets go of a tensor meanwhile wants the interpreter,
-    # is refused it, and takes the process down with "terminate called without an active exception".
+    # No orderly shutdown of the interpreter: it has ended with "terminate called without an active exception", probably
+    # because a thread of gloo that lets go of a tensor meanwhile is refused the interpreter.
     os._exit(0)
 
 
