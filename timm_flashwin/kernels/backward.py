@@ -174,7 +174,6 @@ def backward_dq_kernel(
     head = slot % num_heads
     tile = slot // num_heads
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # m
-    cols = tl.arange(0, BLOCK_N)  # n
     C = num_heads * HEAD_DIM
     q_ptr += head * stride_head
     k_ptr += head * stride_head
@@ -189,59 +188,59 @@ def backward_dq_kernel(
     dlogit_scale = tl.zeros([BLOCK_M], dtype=ACC)  # m
 
     first, last = share_of(num_positions * num_images, share, shares)
-    for unit in range(first, last):
-        position = unit // num_images
-        image = tl.cast(unit % num_images, tl.int64)
-        window = image * num_positions + position
+    for position in range(first // num_images, tl.cdiv(last, num_images)):
         cut = window_cut(position, windows_w, cut_window_h, cut_window_w)
         offsets, pixels, in_window, in_map = locate_tokens(
-            position, here(rows, position), stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
-            WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
-        )  # fmt: skip
-        at = image * stride_b
-        pixels_at = image * H * W
-        q = load_tile(q_ptr + at, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
-        do = load_tile(do_ptr + pixels_at * C, pixels * C, in_window, in_map, do_ptr, HEAD_DIM, BLOCK_D, False)  # m d
-        out = load_tile(
-            out_ptr + pixels_at * C, pixels * C, in_window, in_map, out_ptr, HEAD_DIM, BLOCK_D, False
-        )  # m d
-        do = as_operand(do, do.dtype, PRECISION)
-        q, inverse_norm = query_key_operand(q, ACC, PRECISION, COSINE)
-        row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)
-        delta = tl.sum(do.to(ACC) * out.to(ACC), axis=1)  # m
-        tl.store(delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA), delta, mask=in_window)
+            position, rows, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
+        )
+        before = position * num_images
+        for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
+            window = tl.cast(image, tl.int64) * num_positions + position
+            at = tl.cast(image, tl.int64) * stride_b
+            pixels_at = tl.cast(image, tl.int64) * H * W
+            q = load_tile(q_ptr + at, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
+            do = load_tile(
+                do_ptr + pixels_at * C, pixels * C, in_window, in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+            )  # m d
+            out = load_tile(
+                out_ptr + pixels_at * C, pixels * C, in_window, in_map, out_ptr, HEAD_DIM, BLOCK_D, False
+            )  # m d
+            do = as_operand(do, do.dtype, PRECISION)
+            q, inverse_norm = query_key_operand(q, ACC, PRECISION, COSINE)
+            row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)
+            delta = tl.sum(do.to(ACC) * out.to(ACC), axis=1)  # m
+            tl.store(delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA), delta, mask=in_window)
 
-        dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
-        for start in range(0, WINDOW_AREA, BLOCK_N):
-            k_offsets, k_pixels, k_in_window, k_in_map = locate_tokens(
-                position, start + cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
-                WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
-            )  # fmt: skip
-            k = load_tile(k_ptr + at, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-            v = load_tile(v_ptr + at, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-            k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
-            v = as_operand(v, v.dtype, PRECISION)
-            bias_tile = load_bias_tile(
-                bias_ptr, head, here(rows, start * num_heads), here(start + cols, start * num_heads),
-                cut, cut_row, cut_col,
-                ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
-            )  # m n  # fmt: skip
-            logits = tile_logits(
-                q, k, bias_tile, scale, mask_ptr, image, rows, start + cols, num_masks,
-                ACC, PRECISION, WINDOW_AREA, HAS_MASK,
-            )  # fmt: skip
-            p = exp_from(logits, row_max) * inverse_sum[:, None]  # m n
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
-            ds = as_operand(p * (dp - delta[:, None]), k.dtype, PRECISION)  # m n
-            dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
-        # Found once more: kept through the loop they would take the registers of a whole program.
-        offsets, pixels, in_window, in_map = locate_tokens(
-            position, here(rows, unit), stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
-            WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
-        )  # fmt: skip
-        dq, along = through_norm(dq * scale, q, inverse_norm, ACC, COSINE)
-        dlogit_scale += along
-        store_tile(dq_ptr + pixels_at * grad_stride, dq, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
+            dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
+            for start in range(0, WINDOW_AREA, BLOCK_N):
+                cols = start + tl.arange(0, BLOCK_N)  # n
+                k_offsets, k_pixels, k_in_window, k_in_map = locate_tokens(
+                    position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
+                    WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
+                )  # fmt: skip
+                k = load_tile(
+                    k_ptr + at, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                )  # n d
+                v = load_tile(
+                    v_ptr + at, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                )  # n d
+                k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
+                v = as_operand(v, v.dtype, PRECISION)
+                bias_tile = load_bias_tile(
+                    bias_ptr, head, rows, cols, here(cut, image * num_heads), cut_row, cut_col,
+                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+                )  # m n  # fmt: skip
+                logits = tile_logits(
+                    q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
+                    ACC, PRECISION, WINDOW_AREA, HAS_MASK,
+                )  # fmt: skip
+                p = exp_from(logits, row_max)  # m n, to be divided by the row's sum
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
+                ds = as_operand(p * (dp - delta[:, None]), k.dtype, PRECISION)  # m n
+                dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
+            dq, along = through_norm(dq * (inverse_sum * scale)[:, None], q, inverse_norm, ACC, COSINE)
+            dlogit_scale += along
+            store_tile(dq_ptr + pixels_at * grad_stride, dq, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
 
     if NEED_DLOGIT_SCALE:  # partial sums [query tiles * shares, num_heads]
         tl.store(dlogit_scale_ptr + (tile * shares + share) * num_heads + head, tl.sum(dlogit_scale, axis=0))
@@ -269,7 +268,6 @@ def backward_dkdv_kernel(
     head = slot % num_heads
     tile = slot // num_heads
     cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # n
-    rows = tl.arange(0, BLOCK_M)  # m
     C = num_heads * HEAD_DIM
     q_ptr += head * stride_head
     k_ptr += head * stride_head
@@ -285,66 +283,63 @@ def backward_dkdv_kernel(
     dpad_v = tl.zeros([BLOCK_D], dtype=ACC)  # d
 
     first, last = share_of(num_positions * num_images, share, shares)
-    for unit in range(first, last):
-        position = unit // num_images
-        image = tl.cast(unit % num_images, tl.int64)
-        window = image * num_positions + position
+    for position in range(first // num_images, tl.cdiv(last, num_images)):
         cut = window_cut(position, windows_w, cut_window_h, cut_window_w)
         offsets, pixels, in_window, in_map = locate_tokens(
-            position, here(cols, position), stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
-            WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
-        )  # fmt: skip
-        at = image * stride_b
-        pixels_at = image * H * W
-        k = load_tile(k_ptr + at, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-        v = load_tile(v_ptr + at, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-        k, inverse_norm = query_key_operand(k, ACC, PRECISION, COSINE)
-        v = as_operand(v, v.dtype, PRECISION)
+            position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
+        )
+        before = position * num_images
+        for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
+            window = tl.cast(image, tl.int64) * num_positions + position
+            at = tl.cast(image, tl.int64) * stride_b
+            pixels_at = tl.cast(image, tl.int64) * H * W
+            k = load_tile(k_ptr + at, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+            v = load_tile(v_ptr + at, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
+            k, inverse_norm = query_key_operand(k, ACC, PRECISION, COSINE)
+            v = as_operand(v, v.dtype, PRECISION)
 
-        dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
-        dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
-        for start in range(0, WINDOW_AREA, BLOCK_M):
-            q_offsets, q_pixels, q_in_window, q_in_map = locate_tokens(
-                position, start + rows, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
-                WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
-            )  # fmt: skip
-            q = load_tile(q_ptr + at, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
-            do = load_tile(
-                do_ptr + pixels_at * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False
-            )  # m d
-            q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
-            do = as_operand(do, do.dtype, PRECISION)
-            row_max, inverse_sum = load_stats(stats_ptr, window, head, start + rows, num_heads, WINDOW_AREA)
-            delta = tl.load(
-                delta_ptr + stats_offsets(window, head, start + rows, num_heads, WINDOW_AREA),
-                mask=q_in_window,
-                other=0.0,
-            )  # m
-            bias_tile = load_bias_tile(
-                bias_ptr, head, here(start + rows, position), here(cols, position), cut, cut_row, cut_col,
-                ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
-            )  # m n  # fmt: skip
-            logits = tile_logits(
-                q, k, bias_tile, scale, mask_ptr, image, start + rows, cols, num_masks,
-                ACC, PRECISION, WINDOW_AREA, HAS_MASK,
-            )  # fmt: skip
-            p = exp_from(logits, row_max) * inverse_sum[:, None]  # m n
-            dv += tl.dot(tl.trans(as_operand(p, do.dtype, PRECISION)), do, input_precision=PRECISION, out_dtype=ACC)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
-            ds = as_operand(p * (dp - delta[:, None]), q.dtype, PRECISION)  # m n
-            dk += tl.dot(tl.trans(ds), q, input_precision=PRECISION, out_dtype=ACC)
-        # As in the kernel above, found once more.
-        offsets, pixels, in_window, in_map = locate_tokens(
-            position, here(cols, unit), stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
-            WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
-        )  # fmt: skip
-        store_tile(dv_ptr + pixels_at * grad_stride, dv, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
-        dk, _ = through_norm(dk * scale, k, inverse_norm, ACC, COSINE)
-        store_tile(dk_ptr + pixels_at * grad_stride, dk, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
-        if NEED_DPAD:
-            padded = (in_window & (in_map == 0))[:, None]  # n 1
-            dpad_k += tl.sum(tl.where(padded, dk, 0.0), axis=0)
-            dpad_v += tl.sum(tl.where(padded, dv, 0.0), axis=0)
+            dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
+            dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
+            for start in range(0, WINDOW_AREA, BLOCK_M):
+                rows = start + tl.arange(0, BLOCK_M)  # m
+                q_offsets, q_pixels, q_in_window, q_in_map = locate_tokens(
+                    position, rows, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
+                    WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
+                )  # fmt: skip
+                q = load_tile(
+                    q_ptr + at, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                )  # m d
+                do = load_tile(
+                    do_ptr + pixels_at * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False
+                )  # m d
+                q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
+                do = as_operand(do, do.dtype, PRECISION)
+                row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)
+                delta = tl.load(
+                    delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA),
+                    mask=q_in_window,
+                    other=0.0,
+                )  # m
+                bias_tile = load_bias_tile(
+                    bias_ptr, head, rows, cols, here(cut, image * num_heads), cut_row, cut_col,
+                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+                )  # m n  # fmt: skip
+                logits = tile_logits(
+                    q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
+                    ACC, PRECISION, WINDOW_AREA, HAS_MASK,
+                )  # fmt: skip
+                p = exp_from(logits, row_max) * inverse_sum[:, None]  # m n
+                dv += tl.dot(tl.trans(as_operand(p, do.dtype, PRECISION)), do, input_precision=PRECISION, out_dtype=ACC)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
+                ds = as_operand(p * (dp - delta[:, None]), q.dtype, PRECISION)  # m n
+                dk += tl.dot(tl.trans(ds), q, input_precision=PRECISION, out_dtype=ACC)
+            store_tile(dv_ptr + pixels_at * grad_stride, dv, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
+            dk, _ = through_norm(dk * scale, k, inverse_norm, ACC, COSINE)
+            store_tile(dk_ptr + pixels_at * grad_stride, dk, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)
+            if NEED_DPAD:
+                padded = (in_window & (in_map == 0))[:, None]  # n 1
+                dpad_k += tl.sum(tl.where(padded, dk, 0.0), axis=0)
+                dpad_v += tl.sum(tl.where(padded, dv, 0.0), axis=0)
 
     if NEED_DPAD:
         store_pad_partial(dpad_ptr, dpad_k, dpad_v, tile * shares + share, head, num_heads, HEAD_DIM, BLOCK_D)
@@ -415,7 +410,7 @@ def backward_dbias_kernel(
             logits = tile_logits(
                 q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks, ACC, PRECISION, WINDOW_AREA, HAS_MASK
             )
-            p = exp_from(logits, row_max) * inverse_sum[:, None]  # m n
+            p = exp_from(logits, row_max)  # m n, to be divided by the row's sum
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
-            dbias += p * (dp - delta[:, None])
+            dbias += p * (dp * inverse_sum[:, None] - (delta * inverse_sum)[:, None])
     store_bias_partial(dbias_ptr, dbias, tl.program_id(1), head, num_heads, rows, cols, WINDOW_AREA)

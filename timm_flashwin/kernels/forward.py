@@ -89,21 +89,18 @@ def forward_tiled_kernel(
     H, W, windows_w, num_positions, num_images, num_masks, num_heads, scale,
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col, shares, multiprocessors,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
     COSINE: tl.constexpr, SAVE_STATS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Larger windows: a loop over key tiles with an online softmax, for two images at a time where PAIRED, which
-    share the bias tile and the addresses. See `placed_program` for the grid."""
+    """Larger windows: a loop over key tiles with an online softmax. See `placed_program` for the grid."""
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
-    IMAGES: tl.constexpr = 2 if PAIRED else 1
     slot, share = placed_program(shares, multiprocessors)
     if slot >= num_heads * tl.cdiv(WINDOW_AREA, BLOCK_M):
         return
     head = slot % num_heads
     rows = slot // num_heads * BLOCK_M + tl.arange(0, BLOCK_M)  # m
-    cols = tl.arange(0, BLOCK_N)  # n
     C = num_heads * HEAD_DIM
     q_ptr += head * stride_head
     k_ptr += head * stride_head
@@ -114,112 +111,57 @@ def forward_tiled_kernel(
     v_pad_ptr = k_pad_ptr + C
     scale = load_scale(scale, logit_scale_ptr, head, ACC, COSINE)
 
-    groups = tl.cdiv(num_images, IMAGES)
-    first, last = share_of(num_positions * groups, share, shares)
-    for unit in range(first, last):
-        position = unit // groups
-        image = unit % groups * IMAGES
-        # The last of an odd number of images is its own pair: it writes the same values twice.
-        pair = tl.minimum(image + IMAGES - 1, num_images - 1)
+    first, last = share_of(num_positions * num_images, share, shares)
+    for position in range(first // num_images, tl.cdiv(last, num_images)):
         cut = window_cut(position, windows_w, cut_window_h, cut_window_w)
         q_offsets, q_pixels, q_in_window, q_in_map = locate_tokens(
-            position, here(rows, position), stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
+            position, rows, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
             WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
-        q = load_tile(
-            q_ptr + tl.cast(image, tl.int64) * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr,
-            HEAD_DIM, BLOCK_D, HAS_PAD,
-        )  # m d  # fmt: skip
-        q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
-        row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)  # m
-        row_sum = tl.zeros([BLOCK_M], dtype=ACC)  # m
-        out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
-        if PAIRED:
-            pair_q = load_tile(
-                q_ptr + tl.cast(pair, tl.int64) * stride_b, q_offsets, q_in_window, q_in_map, q_pad_ptr,
-                HEAD_DIM, BLOCK_D, HAS_PAD,
-            )  # m d  # fmt: skip
-            pair_q, _ = query_key_operand(pair_q, ACC, PRECISION, COSINE)
-            pair_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)  # m
-            pair_sum = tl.zeros([BLOCK_M], dtype=ACC)  # m
-            pair_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
-
-        for start in range(0, WINDOW_AREA, BLOCK_N):
-            k_offsets, k_pixels, k_in_window, k_in_map = locate_tokens(
-                position, start + cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
-                WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
-            )  # fmt: skip
-            bias_tile = load_bias_tile(
-                bias_ptr, head, here(rows, start * num_heads), here(start + cols, start * num_heads),
-                cut, cut_row, cut_col,
-                ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
-            )  # fmt: skip
-            out, row_max, row_sum = attend_key_tile(
-                q, out, row_max, row_sum, k_ptr, v_ptr, k_offsets, k_in_window, k_in_map, k_pad_ptr, v_pad_ptr,
-                bias_tile, scale, mask_ptr, image, stride_b, rows, start + cols, num_masks,
-                HEAD_DIM, BLOCK_D, WINDOW_AREA, HAS_MASK, HAS_PAD, COSINE, ACC, PRECISION,
-            )  # fmt: skip
-            if PAIRED:
-                pair_out, pair_max, pair_sum = attend_key_tile(
-                    pair_q, pair_out, pair_max, pair_sum, k_ptr, v_ptr, k_offsets, k_in_window, k_in_map,
-                    k_pad_ptr, v_pad_ptr, bias_tile, scale, mask_ptr, pair, stride_b, rows, start + cols, num_masks,
-                    HEAD_DIM, BLOCK_D, WINDOW_AREA, HAS_MASK, HAS_PAD, COSINE, ACC, PRECISION,
+        before = position * num_images
+        for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
+            at = tl.cast(image, tl.int64) * stride_b
+            q = load_tile(q_ptr + at, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
+            q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
+            row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)  # m
+            row_sum = tl.zeros([BLOCK_M], dtype=ACC)  # m
+            out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
+            for start in range(0, WINDOW_AREA, BLOCK_N):
+                cols = start + tl.arange(0, BLOCK_N)  # n
+                k_offsets, k_pixels, k_in_window, k_in_map = locate_tokens(
+                    position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
+                    WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
                 )  # fmt: skip
-
-        # Found once more: kept through the loop they would take the registers of a whole program.
-        q_offsets, q_pixels, q_in_window, q_in_map = locate_tokens(
-            position, here(rows, unit), stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
-            WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
-        )  # fmt: skip
-        finish_rows(
-            out, row_max, row_sum, out_ptr, stats_ptr, image, num_positions, position, head, rows,
-            q_pixels, q_in_map, H, W, num_heads, HEAD_DIM, BLOCK_D, WINDOW_AREA, SAVE_STATS,
-        )  # fmt: skip
-        if PAIRED:
-            finish_rows(
-                pair_out, pair_max, pair_sum, out_ptr, stats_ptr, pair, num_positions, position, head, rows,
-                q_pixels, q_in_map, H, W, num_heads, HEAD_DIM, BLOCK_D, WINDOW_AREA, SAVE_STATS,
+                bias_tile = load_bias_tile(
+                    bias_ptr, head, rows, cols, here(cut, image * num_heads), cut_row, cut_col,
+                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+                )  # fmt: skip
+                k = load_tile(
+                    k_ptr + at, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                )  # n d
+                v = load_tile(
+                    v_ptr + at, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
+                )  # n d
+                k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
+                v = as_operand(v, v.dtype, PRECISION)
+                logits = tile_logits(
+                    q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
+                    ACC, PRECISION, WINDOW_AREA, HAS_MASK,
+                )  # fmt: skip
+                new_max = tl.maximum(row_max, tl.max(logits, axis=1))  # m
+                # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
+                origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
+                p = exp_from(logits, origin)  # m n
+                rescale = tl.exp(row_max - origin)  # m
+                row_max = new_max
+                row_sum = row_sum * rescale + tl.sum(p, axis=1)
+                p = as_operand(p, v.dtype, PRECISION)
+                out = out * rescale[:, None] + tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
+            inverse_sum = 1.0 / row_sum  # m
+            store_tile(
+                out_ptr + tl.cast(image, tl.int64) * H * W * C, out * inverse_sum[:, None], q_pixels * C, q_in_map,
+                HEAD_DIM, BLOCK_D,
             )  # fmt: skip
-
-
-@triton.jit
-def attend_key_tile(
-    q, out, row_max, row_sum, k_ptr, v_ptr, offsets, in_window, in_map, k_pad_ptr, v_pad_ptr,
-    bias_tile, scale, mask_ptr, image, stride_b, rows, cols, num_masks,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_AREA: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, COSINE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax: (out [m, d], row_max [m], row_sum [m]) with the keys of one tile taken in."""
-    at = tl.cast(image, tl.int64) * stride_b
-    k = load_tile(k_ptr + at, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-    v = load_tile(v_ptr + at, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-    k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
-    v = as_operand(v, v.dtype, PRECISION)
-    logits = tile_logits(
-        q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks, ACC, PRECISION, WINDOW_AREA, HAS_MASK
-    )
-    new_max = tl.maximum(row_max, tl.max(logits, axis=1))  # m
-    # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
-    origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
-    p = exp_from(logits, origin)  # m n
-    rescale = tl.exp(row_max - origin)  # m
-    row_sum = row_sum * rescale + tl.sum(p, axis=1)
-    p = as_operand(p, v.dtype, PRECISION)
-    out = out * rescale[:, None] + tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
-    return out, new_max, row_sum
-
-
-@triton.jit
-def finish_rows(
-    out, row_max, row_sum, out_ptr, stats_ptr, image, num_positions, position, head, rows,
-    pixels, in_map, H, W, num_heads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_AREA: tl.constexpr, SAVE_STATS: tl.constexpr,
-):  # fmt: skip
-    """Divide by the sums and write the output and, if wanted, the stats."""
-    C = num_heads * HEAD_DIM
-    inverse_sum = 1.0 / row_sum  # m
-    image = tl.cast(image, tl.int64)
-    store_tile(out_ptr + image * H * W * C, out * inverse_sum[:, None], pixels * C, in_map, HEAD_DIM, BLOCK_D)
-    if SAVE_STATS:
-        window = image * num_positions + position
-        store_stats(stats_ptr, row_max, inverse_sum, window, head, rows, num_heads, WINDOW_AREA)
+            if SAVE_STATS:
+                window = tl.cast(image, tl.int64) * num_positions + position
+                store_stats(stats_ptr, row_max, inverse_sum, window, head, rows, num_heads, WINDOW_AREA)

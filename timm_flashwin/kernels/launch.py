@@ -150,7 +150,7 @@ def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) ->
         forward_kernel[(num_heads, call.shares(num_heads, settings))](**arguments)
     else:
         grid, placed = call.placed_grid(num_heads * triton.cdiv(call.window_area, settings.block_m), settings)
-        forward_tiled_kernel[grid](**arguments, **placed, PAIRED=settings.images == 2 and call.q.shape[0] > 1)
+        forward_tiled_kernel[grid](**arguments, **placed)
 
 
 def launch_backward(

@@ -27,7 +27,6 @@ class Settings(NamedTuple):
     num_stages: int
     programs_per_sm: int  # how many programs share the windows, per multiprocessor
     max_registers: int | None = None  # a thread; NVIDIA's compiler alone takes it
-    images: int = 1  # one program takes at a time
 
     def options(self, device: torch.device) -> dict:
         """As a kernel takes them."""
@@ -43,8 +42,8 @@ class Settings(NamedTuple):
 _MEASURED = {
     # Two images share the bias tile, the mask and the addresses. With the norms to work out meanwhile a fourth program
     # serves better than fetching ahead.
-    (90, "forward_tiled", False): Settings(64, 32, 4, num_stages=2, programs_per_sm=3, max_registers=168, images=2),
-    (90, "forward_tiled", True): Settings(64, 32, 4, num_stages=1, programs_per_sm=4, max_registers=128, images=2),
+    (90, "forward_tiled", False): Settings(64, 32, 4, num_stages=2, programs_per_sm=3, max_registers=168),
+    (90, "forward_tiled", True): Settings(64, 32, 4, num_stages=1, programs_per_sm=4, max_registers=128),
     # Three programs fit with 168 registers each.
     (90, "backward_dq", False): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
     (90, "backward_dq", True): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
@@ -67,7 +66,7 @@ def settings_for(
         return _one_tile_backward(window_area, token_bytes, device)
     if INTERPRETED:
         # A tile costs the same Python whatever its size: few, and not square, so that rows do not pass for columns.
-        return Settings(128, 64, num_warps=1, num_stages=1, programs_per_sm=1, images=2)
+        return Settings(128, 64, num_warps=1, num_stages=1, programs_per_sm=1)
     measured = _MEASURED.get((target_arch(device), kernel, cosine)) if token_bytes <= 64 else None
     if measured is not None:
         return _fitted(measured, kernel, window_area, cosine)
