@@ -64,8 +64,6 @@ def neighbours(kernel: str, settings: Settings) -> list[Settings]:
         ]
     found += [settings._replace(num_warps=warps) for warps in (2, 4, 8)]
     found += [settings._replace(num_stages=stages) for stages in (1, 2, 3, 4)]
-    if kernel == "forward_tiled":
-        found += [settings._replace(images=images) for images in (1, 2)]
     for programs in range(max(1, settings.programs_per_sm - 2), settings.programs_per_sm + 3):
         share = REGISTERS // (programs * settings.num_warps * 32) // 8 * 8  # registers are given out by eights
         for registers in (None, min(share, 255)):

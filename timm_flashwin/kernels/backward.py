@@ -24,6 +24,7 @@ from .primitives import (
     exp_from,
     here,
     load_bias_tile,
+    load_tiled_bias_tile,
     load_scale,
     load_stats,
     load_tile,
@@ -76,9 +77,9 @@ def backward_kernel(
     program = tl.program_id(1)
     tokens = tl.arange(0, BLOCK_N)  # n
     C = num_heads * HEAD_DIM
-    q_ptr += head * stride_head
-    k_ptr += head * stride_head
-    v_ptr += head * stride_head
+    q_ptr += head.to(tl.int64) * stride_head
+    k_ptr += head.to(tl.int64) * stride_head
+    v_ptr += head.to(tl.int64) * stride_head
     do_ptr += head * HEAD_DIM
     dq_ptr += head * HEAD_DIM
     dk_ptr += head * HEAD_DIM
@@ -162,6 +163,7 @@ def backward_dq_kernel(
     grad_stride, shares, multiprocessors,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BIAS_EXTENT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
     COSINE: tl.constexpr, NEED_DLOGIT_SCALE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
@@ -175,9 +177,9 @@ def backward_dq_kernel(
     tile = slot // num_heads
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # m
     C = num_heads * HEAD_DIM
-    q_ptr += head * stride_head
-    k_ptr += head * stride_head
-    v_ptr += head * stride_head
+    q_ptr += head.to(tl.int64) * stride_head
+    k_ptr += head.to(tl.int64) * stride_head
+    v_ptr += head.to(tl.int64) * stride_head
     out_ptr += head * HEAD_DIM
     do_ptr += head * HEAD_DIM
     dq_ptr += head * HEAD_DIM
@@ -224,11 +226,11 @@ def backward_dq_kernel(
                 v = load_tile(
                     v_ptr + at, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
                 )  # n d
-                k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
+                k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
                 v = as_operand(v, v.dtype, PRECISION)
-                bias_tile = load_bias_tile(
-                    bias_ptr, head, rows, cols, here(cut, image * num_heads), cut_row, cut_col,
-                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+                bias_tile = load_tiled_bias_tile(
+                    bias_ptr, head, tile * BLOCK_M, start, here(cut, image * num_heads), cut_row, cut_col,
+                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # m n  # fmt: skip
                 logits = tile_logits(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
@@ -256,6 +258,7 @@ def backward_dkdv_kernel(
     grad_stride, shares, multiprocessors,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BIAS_EXTENT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
     COSINE: tl.constexpr, NEED_DPAD: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
@@ -269,9 +272,9 @@ def backward_dkdv_kernel(
     tile = slot // num_heads
     cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # n
     C = num_heads * HEAD_DIM
-    q_ptr += head * stride_head
-    k_ptr += head * stride_head
-    v_ptr += head * stride_head
+    q_ptr += head.to(tl.int64) * stride_head
+    k_ptr += head.to(tl.int64) * stride_head
+    v_ptr += head.to(tl.int64) * stride_head
     do_ptr += head * HEAD_DIM
     dk_ptr += head * HEAD_DIM
     dv_ptr += head * HEAD_DIM
@@ -312,7 +315,7 @@ def backward_dkdv_kernel(
                 do = load_tile(
                     do_ptr + pixels_at * C, q_pixels * C, q_in_window, q_in_map, do_ptr, HEAD_DIM, BLOCK_D, False
                 )  # m d
-                q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
+                q = query_key_operand(q, ACC, PRECISION, COSINE)[0]
                 do = as_operand(do, do.dtype, PRECISION)
                 row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)
                 delta = tl.load(
@@ -320,9 +323,9 @@ def backward_dkdv_kernel(
                     mask=q_in_window,
                     other=0.0,
                 )  # m
-                bias_tile = load_bias_tile(
-                    bias_ptr, head, rows, cols, here(cut, image * num_heads), cut_row, cut_col,
-                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+                bias_tile = load_tiled_bias_tile(
+                    bias_ptr, head, start, tile * BLOCK_N, here(cut, image * num_heads), cut_row, cut_col,
+                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # m n  # fmt: skip
                 logits = tile_logits(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
@@ -353,6 +356,7 @@ def backward_dbias_kernel(
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BIAS_EXTENT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
     COSINE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
@@ -362,12 +366,14 @@ def backward_dbias_kernel(
     key_tiles = tl.cdiv(WINDOW_AREA, BLOCK_N)
     head = tl.program_id(0) % num_heads
     tile = tl.program_id(0) // num_heads
-    rows = tile // key_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # m
-    cols = tile % key_tiles * BLOCK_N + tl.arange(0, BLOCK_N)  # n
+    row = tile // key_tiles * BLOCK_M
+    col = tile % key_tiles * BLOCK_N
+    rows = row + tl.arange(0, BLOCK_M)  # m
+    cols = col + tl.arange(0, BLOCK_N)  # n
     C = num_heads * HEAD_DIM
-    q_ptr += head * stride_head
-    k_ptr += head * stride_head
-    v_ptr += head * stride_head
+    q_ptr += head.to(tl.int64) * stride_head
+    k_ptr += head.to(tl.int64) * stride_head
+    v_ptr += head.to(tl.int64) * stride_head
     do_ptr += head * HEAD_DIM
     q_pad_ptr = pad_ptr + head * HEAD_DIM
     k_pad_ptr = q_pad_ptr + C
@@ -383,10 +389,10 @@ def backward_dbias_kernel(
         k_offsets, k_pixels, k_in_window, k_in_map = locate_tokens(
             position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
-        bias_tile = load_bias_tile(
-            bias_ptr, head, here(rows, position), here(cols, position),
+        bias_tile = load_tiled_bias_tile(
+            bias_ptr, head, here(row, position), here(col, position),
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
-            ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+            ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
         )  # m n  # fmt: skip
         before = position * num_images
         for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
@@ -399,8 +405,8 @@ def backward_dbias_kernel(
                 do_ptr + tl.cast(image, tl.int64) * H * W * C, q_pixels * C, q_in_window, q_in_map, do_ptr,
                 HEAD_DIM, BLOCK_D, False,
             )  # m d  # fmt: skip
-            q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
-            k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
+            q = query_key_operand(q, ACC, PRECISION, COSINE)[0]
+            k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
             v = as_operand(v, v.dtype, PRECISION)
             do = as_operand(do, do.dtype, PRECISION)
             row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)

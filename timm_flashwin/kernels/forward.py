@@ -8,6 +8,7 @@ from .primitives import (
     exp_from,
     here,
     load_bias_tile,
+    load_tiled_bias_tile,
     load_scale,
     load_tile,
     locate_tokens,
@@ -39,9 +40,9 @@ def forward_kernel(
     head = tl.program_id(0)
     tokens = tl.arange(0, BLOCK_N)  # n
     C = num_heads * HEAD_DIM
-    q_ptr += head * stride_head
-    k_ptr += head * stride_head
-    v_ptr += head * stride_head
+    q_ptr += head.to(tl.int64) * stride_head
+    k_ptr += head.to(tl.int64) * stride_head
+    v_ptr += head.to(tl.int64) * stride_head
     out_ptr += head * HEAD_DIM
     q_pad_ptr = pad_ptr + head * HEAD_DIM
     k_pad_ptr = q_pad_ptr + C
@@ -64,8 +65,8 @@ def forward_kernel(
             q = load_tile(q_ptr + at, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
             k = load_tile(k_ptr + at, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
             v = load_tile(v_ptr + at, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-            q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
-            k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
+            q = query_key_operand(q, ACC, PRECISION, COSINE)[0]
+            k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
             v = as_operand(v, v.dtype, PRECISION)
             logits = tile_logits(
                 q, k, bias_tile, scale, mask_ptr, image, tokens, tokens, num_masks,
@@ -90,6 +91,7 @@ def forward_tiled_kernel(
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col, shares, multiprocessors,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BIAS_EXTENT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
     COSINE: tl.constexpr, SAVE_STATS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
@@ -100,11 +102,12 @@ def forward_tiled_kernel(
     if slot >= num_heads * tl.cdiv(WINDOW_AREA, BLOCK_M):
         return
     head = slot % num_heads
-    rows = slot // num_heads * BLOCK_M + tl.arange(0, BLOCK_M)  # m
+    row = slot // num_heads * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)  # m
     C = num_heads * HEAD_DIM
-    q_ptr += head * stride_head
-    k_ptr += head * stride_head
-    v_ptr += head * stride_head
+    q_ptr += head.to(tl.int64) * stride_head
+    k_ptr += head.to(tl.int64) * stride_head
+    v_ptr += head.to(tl.int64) * stride_head
     out_ptr += head * HEAD_DIM
     q_pad_ptr = pad_ptr + head * HEAD_DIM
     k_pad_ptr = q_pad_ptr + C
@@ -122,7 +125,7 @@ def forward_tiled_kernel(
         for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
             at = tl.cast(image, tl.int64) * stride_b
             q = load_tile(q_ptr + at, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
-            q, _ = query_key_operand(q, ACC, PRECISION, COSINE)
+            q = query_key_operand(q, ACC, PRECISION, COSINE)[0]
             row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)  # m
             row_sum = tl.zeros([BLOCK_M], dtype=ACC)  # m
             out = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
@@ -132,9 +135,9 @@ def forward_tiled_kernel(
                     position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
                     WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
                 )  # fmt: skip
-                bias_tile = load_bias_tile(
-                    bias_ptr, head, rows, cols, here(cut, image * num_heads), cut_row, cut_col,
-                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+                bias_tile = load_tiled_bias_tile(
+                    bias_ptr, head, row, start, here(cut, image * num_heads), cut_row, cut_col,
+                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # fmt: skip
                 k = load_tile(
                     k_ptr + at, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
@@ -142,7 +145,7 @@ def forward_tiled_kernel(
                 v = load_tile(
                     v_ptr + at, k_offsets, k_in_window, k_in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
                 )  # n d
-                k, _ = query_key_operand(k, ACC, PRECISION, COSINE)
+                k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
                 v = as_operand(v, v.dtype, PRECISION)
                 logits = tile_logits(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,

@@ -10,6 +10,7 @@ import triton.language as tl
 from ..geometry import num_windows, shift_cut
 from . import ONE_TILE_AREA, needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
+from .bias_fragments import launch_bias_fragments
 from .forward import forward_kernel, forward_tiled_kernel
 from .primitives import MAX_LOGIT_SCALE
 from .settings import INTERPRETED as INTERPRETED
@@ -105,6 +106,14 @@ class Call(NamedTuple):
             OFFSET=tl.int32 if image_extent < 2**31 else tl.int64,
         )  # fmt: skip
 
+    def bias_fragments(self, *settings: Settings) -> dict:
+        """The bias as the kernels that walk over tiles take it, wide enough for the tiles of each of the `settings`."""
+        tile = max(max(s.block_m, s.block_n) for s in settings)
+        extent = triton.cdiv(self.window_area, tile) * tile
+        return dict(
+            bias_ptr=self.q if self.bias is None else launch_bias_fragments(self.bias, extent), BIAS_EXTENT=extent
+        )  # fmt: skip
+
     def shares(self, pinned: int, settings: Settings) -> int:
         """Into how many shares the windows are cut, where each takes `pinned` programs: all of them are one wave."""
         programs = _multiprocessors(self.q.device) * settings.programs_per_sm
@@ -150,7 +159,7 @@ def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) ->
         forward_kernel[(num_heads, call.shares(num_heads, settings))](**arguments)
     else:
         grid, placed = call.placed_grid(num_heads * triton.cdiv(call.window_area, settings.block_m), settings)
-        forward_tiled_kernel[grid](**arguments, **placed)
+        forward_tiled_kernel[grid](**arguments | call.bias_fragments(settings), **placed)
 
 
 def launch_backward(
@@ -216,7 +225,8 @@ def _launch_tiled_backward(
     """Partial sums of dbias, dpad and dlogit_scale. The kernels run in this order: the first leaves delta to the other
     two."""
     N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
-    settings = call.settings("backward_dq")
+    settings, dkdv_settings, dbias_settings = (call.settings(f"backward_{name}") for name in ("dq", "dkdv", "dbias"))
+    shared = shared | call.bias_fragments(settings, dkdv_settings, dbias_settings)
     query_tiles = triton.cdiv(N, settings.block_m)
     grid, placed = call.placed_grid(num_heads * query_tiles, settings)
     dlogit_scale = call.partial_sums(need_dlogit_scale, query_tiles * placed["shares"], num_heads)
@@ -225,7 +235,7 @@ def _launch_tiled_backward(
         dlogit_scale_ptr=dlogit_scale, NEED_DLOGIT_SCALE=need_dlogit_scale, **settings.options(call.q.device),
     )  # fmt: skip
 
-    settings = call.settings("backward_dkdv")
+    settings = dkdv_settings
     key_tiles = triton.cdiv(N, settings.block_n)
     grid, placed = call.placed_grid(num_heads * key_tiles, settings)
     dpad = call.partial_sums(need_dpad, key_tiles * placed["shares"], 2, num_heads * head_dim)
@@ -236,7 +246,7 @@ def _launch_tiled_backward(
     if not need_dbias:
         return None, dpad, dlogit_scale
 
-    settings = call.settings("backward_dbias")
+    settings = dbias_settings
     pinned = num_heads * triton.cdiv(N, settings.block_m) * triton.cdiv(N, settings.block_n)
     shares = call.shares(pinned, settings)
     dbias = call.partial_sums(True, shares, num_heads, N, N)

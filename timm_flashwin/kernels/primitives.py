@@ -14,9 +14,12 @@ Shapes stand at the end of the line: m and n are query and key tokens of a tile,
 import triton
 import triton.language as tl
 
+from .bias_fragments import load_bias_fragments
+
 LOG2E = tl.constexpr(1.4426950408889634)
 MASK_VALUE = tl.constexpr(-100.0)  # geometry.MASK_VALUE
 NORM_EPS = tl.constexpr(1e-12)  # reference.NORM_EPS
+LOWEST_MASK = tl.constexpr(-1e38)
 MAX_LOGIT_SCALE = tl.constexpr(4.605170185988092)  # reference.MAX_LOGIT_SCALE, log 100
 
 
@@ -106,7 +109,7 @@ def load_tile(
     loaded = in_map[:, None]  # m 1
     if HEAD_DIM < BLOCK_D:
         loaded = loaded & (channels < HEAD_DIM)[None, :]  # m d
-    tile = tl.load(ptr + offsets[:, None] + channels[None, :], mask=loaded, other=0.0)  # m d
+    tile = tl.load(ptr + offsets[:, None] + channels[None, :], mask=loaded, other=0.0, cache_modifier=".cg")  # m d
     if HAS_PAD:
         pad = tl.load(pad_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tile.dtype)  # d
         tile = tl.where((in_window & (in_map == 0))[:, None], pad[None, :], tile)
@@ -147,7 +150,8 @@ def through_norm(grad, operand, inverse_norm, ACC: tl.constexpr, COSINE: tl.cons
 def load_scale(scale, logit_scale_ptr, head, ACC: tl.constexpr, COSINE: tl.constexpr):
     """The factor on q @ k^T: `scale`, or exp(min(logit_scale, log 100)) of the head."""
     if COSINE:
-        return tl.exp(tl.minimum(tl.load(logit_scale_ptr + head).to(ACC), MAX_LOGIT_SCALE))
+        logit_scale = tl.load(logit_scale_ptr + head).to(ACC)
+        return tl.exp(tl.minimum(logit_scale, MAX_LOGIT_SCALE, propagate_nan=tl.PropagateNan.ALL))
     return scale
 
 
@@ -173,14 +177,39 @@ def load_bias_tile(
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
     in_window = (cols < WINDOW_AREA)[None, :]  # 1 n
     if HAS_BIAS:
+        bias_ptr += head.to(tl.int64) * WINDOW_AREA * WINDOW_AREA
         # Rows past the end are the last one again: they are dropped in the end, and need no mask of their own here.
-        offsets = (head * WINDOW_AREA + tl.minimum(rows, WINDOW_AREA - 1)[:, None]) * WINDOW_AREA + cols[None, :]  # m n
+        offsets = tl.minimum(rows, WINDOW_AREA - 1)[:, None] * WINDOW_AREA + cols[None, :]  # m n
         if WINDOW_AREA % BLOCK_N == 0:
             tile = tl.load(bias_ptr + offsets).to(ACC)
         else:
             tile = tl.load(bias_ptr + offsets, mask=in_window, other=float("-inf")).to(ACC)
     else:
         tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC) + tl.where(in_window, 0.0, float("-inf"))
+    return add_shift_mask(tile, rows, cols, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
+
+
+@triton.jit
+def load_tiled_bias_tile(
+    fragments_ptr, head, row, col, cut, cut_row, cut_col,
+    ACC: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXTENT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """What `load_bias_tile` gives, for the tile of a larger window that starts at (`row`, `col`): [m, n]."""
+    rows = row + tl.arange(0, BLOCK_M)  # m
+    cols = col + tl.arange(0, BLOCK_N)  # n
+    if HAS_BIAS:
+        tile = load_bias_fragments(fragments_ptr, head, row, col, EXTENT, BLOCK_M, BLOCK_N).to(ACC)  # m n
+    else:
+        tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+        if WINDOW_H * WINDOW_W % BLOCK_N != 0:
+            tile += tl.where(cols < WINDOW_H * WINDOW_W, 0.0, float("-inf"))[None, :]
+    return add_shift_mask(tile, rows, cols, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
+
+
+@triton.jit
+def add_shift_mask(tile, rows, cols, cut, cut_row, cut_col, WINDOW_W: tl.constexpr, IS_SHIFTED: tl.constexpr):
+    """`tile` [m, n] with MASK_VALUE added between tokens that only the roll made neighbours."""
     if IS_SHIFTED:
         if cut != 0:
             row_region = token_region(rows, cut, cut_row, cut_col, WINDOW_W)  # m
@@ -207,7 +236,9 @@ def tile_logits(
         in_window = (rows < WINDOW_AREA)[:, None] & (cols < WINDOW_AREA)[None, :]  # m n
         first = (image % num_masks).to(tl.int64) * WINDOW_AREA * WINDOW_AREA
         mask = tl.load(mask_ptr + first + rows[:, None] * WINDOW_AREA + cols[None, :], mask=in_window, other=0.0)  # m n
-        logits += mask.to(ACC)
+        # The lowest float32 stands for -inf in many a mask: times log2(e) it would be that, and -inf - -inf is NaN.
+        mask = mask.to(ACC)
+        logits += tl.where(mask < LOWEST_MASK, tl.where(mask == float("-inf"), mask, LOWEST_MASK), mask)
     return logits  # m n
 
 

@@ -40,18 +40,15 @@ class Settings(NamedTuple):
 
 # (target, kernel, cosine) -> settings for tokens of up to 64 bytes: head_dim up to 32 in 16 bits. All on an H200.
 _MEASURED = {
-    # Two images share the bias tile, the mask and the addresses. With the norms to work out meanwhile a fourth program
-    # serves better than fetching ahead.
-    (90, "forward_tiled", False): Settings(64, 32, 4, num_stages=2, programs_per_sm=3, max_registers=168),
-    (90, "forward_tiled", True): Settings(64, 32, 4, num_stages=1, programs_per_sm=4, max_registers=128),
+    (90, "forward_tiled", False): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
+    (90, "forward_tiled", True): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
     # Three programs fit with 168 registers each.
     (90, "backward_dq", False): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
     (90, "backward_dq", True): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
     (90, "backward_dkdv", False): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
     (90, "backward_dkdv", True): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
-    # It holds a tile of the bias and one of its gradient all the time, and has no product that waits for another one.
-    (90, "backward_dbias", False): Settings(64, 32, 4, num_stages=3, programs_per_sm=4, max_registers=128),
-    (90, "backward_dbias", True): Settings(64, 32, 4, num_stages=3, programs_per_sm=4, max_registers=128),
+    (90, "backward_dbias", False): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
+    (90, "backward_dbias", True): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
 }
 
 
