@@ -25,7 +25,6 @@ from .primitives import (
     here,
     load_bias_tile,
     load_tiled_bias_tile,
-    load_scale,
     load_stats,
     load_tile,
     locate_tokens,
@@ -36,8 +35,10 @@ from .primitives import (
     store_tile,
     through_norm,
     tile_logits,
+    tile_scores,
     window_cut,
 )
+from .scale import load_scale
 
 
 @triton.jit
@@ -229,14 +230,14 @@ def backward_dq_kernel(
                 k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
                 v = as_operand(v, v.dtype, PRECISION)
                 bias_tile = load_tiled_bias_tile(
-                    bias_ptr, head, tile * BLOCK_M, start, here(cut, image * num_heads), cut_row, cut_col,
+                    bias_ptr, head, tile * BLOCK_M, start, scale, here(cut, image * num_heads), cut_row, cut_col,
                     ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # m n  # fmt: skip
-                logits = tile_logits(
+                scores = tile_scores(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
                     ACC, PRECISION, WINDOW_AREA, HAS_MASK,
                 )  # fmt: skip
-                p = exp_from(logits, row_max)  # m n, to be divided by the row's sum
+                p = exp_from(scores, row_max, scale)  # m n, to be divided by the row's sum
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
                 ds = as_operand(p * (dp - delta[:, None]), k.dtype, PRECISION)  # m n
                 dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
@@ -324,14 +325,14 @@ def backward_dkdv_kernel(
                     other=0.0,
                 )  # m
                 bias_tile = load_tiled_bias_tile(
-                    bias_ptr, head, start, tile * BLOCK_N, here(cut, image * num_heads), cut_row, cut_col,
+                    bias_ptr, head, start, tile * BLOCK_N, scale, here(cut, image * num_heads), cut_row, cut_col,
                     ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # m n  # fmt: skip
-                logits = tile_logits(
+                scores = tile_scores(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
                     ACC, PRECISION, WINDOW_AREA, HAS_MASK,
                 )  # fmt: skip
-                p = exp_from(logits, row_max) * inverse_sum[:, None]  # m n
+                p = exp_from(scores, row_max, scale) * inverse_sum[:, None]  # m n
                 dv += tl.dot(tl.trans(as_operand(p, do.dtype, PRECISION)), do, input_precision=PRECISION, out_dtype=ACC)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
                 ds = as_operand(p * (dp - delta[:, None]), q.dtype, PRECISION)  # m n
@@ -390,7 +391,7 @@ def backward_dbias_kernel(
             position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
         bias_tile = load_tiled_bias_tile(
-            bias_ptr, head, here(row, position), here(col, position),
+            bias_ptr, head, here(row, position), here(col, position), scale,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
             ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
         )  # m n  # fmt: skip
@@ -413,10 +414,10 @@ def backward_dbias_kernel(
             delta = tl.load(
                 delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA), mask=q_in_window, other=0.0
             )  # m
-            logits = tile_logits(
+            scores = tile_scores(
                 q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks, ACC, PRECISION, WINDOW_AREA, HAS_MASK
             )
-            p = exp_from(logits, row_max)  # m n, to be divided by the row's sum
+            p = exp_from(scores, row_max, scale)  # m n, to be divided by the row's sum
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
             dbias += p * (dp * inverse_sum[:, None] - (delta * inverse_sum)[:, None])
     store_bias_partial(dbias_ptr, dbias, tl.program_id(1), head, num_heads, rows, cols, WINDOW_AREA)

@@ -9,7 +9,6 @@ from .primitives import (
     here,
     load_bias_tile,
     load_tiled_bias_tile,
-    load_scale,
     load_tile,
     locate_tokens,
     placed_program,
@@ -18,8 +17,10 @@ from .primitives import (
     store_stats,
     store_tile,
     tile_logits,
+    tile_scores,
     window_cut,
 )
+from .scale import load_scale
 
 
 @triton.jit
@@ -136,7 +137,7 @@ def forward_tiled_kernel(
                     WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
                 )  # fmt: skip
                 bias_tile = load_tiled_bias_tile(
-                    bias_ptr, head, row, start, here(cut, image * num_heads), cut_row, cut_col,
+                    bias_ptr, head, row, start, scale, here(cut, image * num_heads), cut_row, cut_col,
                     ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # fmt: skip
                 k = load_tile(
@@ -147,14 +148,14 @@ def forward_tiled_kernel(
                 )  # n d
                 k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
                 v = as_operand(v, v.dtype, PRECISION)
-                logits = tile_logits(
+                scores = tile_scores(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
                     ACC, PRECISION, WINDOW_AREA, HAS_MASK,
                 )  # fmt: skip
-                new_max = tl.maximum(row_max, tl.max(logits, axis=1))  # m
+                new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)  # m
                 # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
                 origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
-                p = exp_from(logits, origin)  # m n
+                p = exp_from(scores, origin, scale)  # m n
                 rescale = tl.exp(row_max - origin)  # m
                 row_max = new_max
                 row_sum = row_sum * rescale + tl.sum(p, axis=1)

@@ -10,9 +10,9 @@ import triton.language as tl
 from ..geometry import num_windows, shift_cut
 from . import ONE_TILE_AREA, needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
-from .bias_fragments import launch_bias_fragments
+from .bias_fragments import STRIP, launch_bias_fragments
 from .forward import forward_kernel, forward_tiled_kernel
-from .primitives import MAX_LOGIT_SCALE
+from .scale import MAX_LOGIT_SCALE
 from .settings import INTERPRETED as INTERPRETED
 from .settings import Settings, block_d, settings_for
 
@@ -108,11 +108,12 @@ class Call(NamedTuple):
 
     def bias_fragments(self, *settings: Settings) -> dict:
         """The bias as the kernels that walk over tiles take it, wide enough for the tiles of each of the `settings`."""
-        tile = max(max(s.block_m, s.block_n) for s in settings)
+        tile = max(STRIP, *(max(s.block_m, s.block_n) for s in settings))
         extent = triton.cdiv(self.window_area, tile) * tile
-        return dict(
-            bias_ptr=self.q if self.bias is None else launch_bias_fragments(self.bias, extent), BIAS_EXTENT=extent
-        )  # fmt: skip
+        bias = self.q
+        if self.bias is not None:
+            bias = launch_bias_fragments(self.bias, self.scale, self.logit_scale, self.acc_dtype, extent)
+        return dict(bias_ptr=bias, BIAS_EXTENT=extent)
 
     def shares(self, pinned: int, settings: Settings) -> int:
         """Into how many shares the windows are cut, where each takes `pinned` programs: all of them are one wave."""

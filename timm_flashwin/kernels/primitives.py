@@ -19,8 +19,7 @@ from .bias_fragments import load_bias_fragments
 LOG2E = tl.constexpr(1.4426950408889634)
 MASK_VALUE = tl.constexpr(-100.0)  # geometry.MASK_VALUE
 NORM_EPS = tl.constexpr(1e-12)  # reference.NORM_EPS
-LOWEST_MASK = tl.constexpr(-1e38)
-MAX_LOGIT_SCALE = tl.constexpr(4.605170185988092)  # reference.MAX_LOGIT_SCALE, log 100
+LOWEST_MASK = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -147,15 +146,6 @@ def through_norm(grad, operand, inverse_norm, ACC: tl.constexpr, COSINE: tl.cons
 
 
 @triton.jit
-def load_scale(scale, logit_scale_ptr, head, ACC: tl.constexpr, COSINE: tl.constexpr):
-    """The factor on q @ k^T: `scale`, or exp(min(logit_scale, log 100)) of the head."""
-    if COSINE:
-        logit_scale = tl.load(logit_scale_ptr + head).to(ACC)
-        return tl.exp(tl.minimum(logit_scale, MAX_LOGIT_SCALE, propagate_nan=tl.PropagateNan.ALL))
-    return scale
-
-
-@triton.jit
 def store_tile(ptr, tile, offsets, in_map, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write the rows of `tile` [m, d] that are tokens of the map; padded tokens are dropped."""
     channels = tl.arange(0, BLOCK_D)  # d
@@ -186,16 +176,18 @@ def load_bias_tile(
             tile = tl.load(bias_ptr + offsets, mask=in_window, other=float("-inf")).to(ACC)
     else:
         tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC) + tl.where(in_window, 0.0, float("-inf"))
-    return add_shift_mask(tile, rows, cols, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
+    return add_shift_mask(tile, rows, cols, MASK_VALUE, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
 
 
 @triton.jit
 def load_tiled_bias_tile(
-    fragments_ptr, head, row, col, cut, cut_row, cut_col,
+    fragments_ptr, head, row, col, scale, cut, cut_row, cut_col,
     ACC: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EXTENT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """What `load_bias_tile` gives, for the tile of a larger window that starts at (`row`, `col`): [m, n]."""
+    """What `load_bias_tile` gives, divided by the scale, for the tile of a larger window that starts at (`row`, `col`):
+    [m, n].
+    """
     rows = row + tl.arange(0, BLOCK_M)  # m
     cols = col + tl.arange(0, BLOCK_N)  # n
     if HAS_BIAS:
@@ -204,17 +196,17 @@ def load_tiled_bias_tile(
         tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
         if WINDOW_H * WINDOW_W % BLOCK_N != 0:
             tile += tl.where(cols < WINDOW_H * WINDOW_W, 0.0, float("-inf"))[None, :]
-    return add_shift_mask(tile, rows, cols, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
+    return add_shift_mask(tile, rows, cols, MASK_VALUE / scale, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
 
 
 @triton.jit
-def add_shift_mask(tile, rows, cols, cut, cut_row, cut_col, WINDOW_W: tl.constexpr, IS_SHIFTED: tl.constexpr):
-    """`tile` [m, n] with MASK_VALUE added between tokens that only the roll made neighbours."""
+def add_shift_mask(tile, rows, cols, value, cut, cut_row, cut_col, WINDOW_W: tl.constexpr, IS_SHIFTED: tl.constexpr):
+    """`tile` [m, n] with `value` added between tokens that only the roll made neighbours."""
     if IS_SHIFTED:
         if cut != 0:
             row_region = token_region(rows, cut, cut_row, cut_col, WINDOW_W)  # m
             col_region = token_region(cols, cut, cut_row, cut_col, WINDOW_W)  # n
-            tile += tl.where(row_region[:, None] != col_region[None, :], MASK_VALUE, 0.0)
+            tile += tl.where(row_region[:, None] != col_region[None, :], value, 0.0)
     return tile  # m n
 
 
@@ -233,19 +225,37 @@ def tile_logits(
     """q @ k^T * scale + bias + mask: [m, n]."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale + bias_tile
     if HAS_MASK:
-        in_window = (rows < WINDOW_AREA)[:, None] & (cols < WINDOW_AREA)[None, :]  # m n
-        first = (image % num_masks).to(tl.int64) * WINDOW_AREA * WINDOW_AREA
-        mask = tl.load(mask_ptr + first + rows[:, None] * WINDOW_AREA + cols[None, :], mask=in_window, other=0.0)  # m n
-        # The lowest float32 stands for -inf in many a mask: times log2(e) it would be that, and -inf - -inf is NaN.
-        mask = mask.to(ACC)
-        logits += tl.where(mask < LOWEST_MASK, tl.where(mask == float("-inf"), mask, LOWEST_MASK), mask)
+        logits += load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC, WINDOW_AREA)
     return logits  # m n
 
 
 @triton.jit
-def exp_from(logits, origin):
-    """exp(logits - origin) [m, n] for an `origin` a row [m]: a multiplication, an addition and an exp2 in two steps."""
-    return tl.exp2(logits * LOG2E - (origin * LOG2E)[:, None])
+def tile_scores(
+    q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, WINDOW_AREA: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """q @ k^T + (bias + mask) / scale [m, n], the logits divided by the scale, from a `bias_tile` that is so already."""
+    scores = tl.dot(q, tl.trans(k), acc=bias_tile, input_precision=PRECISION, out_dtype=ACC)
+    if HAS_MASK:
+        scores += load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC, WINDOW_AREA) / scale
+    return scores  # m n
+
+
+@triton.jit
+def load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC: tl.constexpr, WINDOW_AREA: tl.constexpr):
+    """The explicit mask of a window: [m, n]."""
+    in_window = (rows < WINDOW_AREA)[:, None] & (cols < WINDOW_AREA)[None, :]  # m n
+    first = (image % num_masks).to(tl.int64) * WINDOW_AREA * WINDOW_AREA
+    mask = tl.load(mask_ptr + first + rows[:, None] * WINDOW_AREA + cols[None, :], mask=in_window, other=0.0)  # m n
+    # The lowest float32 stands for -inf in many a mask: multiplied it would be that, and -inf - -inf is NaN.
+    mask = mask.to(ACC)
+    return tl.where(mask < LOWEST_MASK, tl.where(mask == float("-inf"), mask, LOWEST_MASK), mask)
+
+
+@triton.jit
+def exp_from(logits, origin, scale=1.0):
+    """exp(scale * logits - origin) [m, n] for an `origin` a row [m], in two steps: a multiply-add and an exp2."""
+    return tl.exp2(logits * (scale * LOG2E) - (origin * LOG2E)[:, None])
 
 
 @triton.jit
