@@ -304,7 +304,8 @@ def backward_dkdv_kernel(
 
             dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
             dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
-            for start in range(0, WINDOW_AREA, BLOCK_M):
+            # What follows from `start` alone would be worked out ahead of the images, and take more registers than there are.
+            for start in range(here(0, image * num_heads), WINDOW_AREA, BLOCK_M):
                 rows = start + tl.arange(0, BLOCK_M)  # m
                 q_offsets, q_pixels, q_in_window, q_in_map = locate_tokens(
                     position, rows, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
@@ -325,7 +326,7 @@ def backward_dkdv_kernel(
                     other=0.0,
                 )  # m
                 bias_tile = load_tiled_bias_tile(
-                    bias_ptr, head, start, tile * BLOCK_N, scale, here(cut, image * num_heads), cut_row, cut_col,
+                    bias_ptr, head, start, here(tile * BLOCK_N, image * num_heads), scale, here(cut, image * num_heads), cut_row, cut_col,
                     ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # m n  # fmt: skip
                 scores = tile_scores(
