@@ -101,7 +101,7 @@ def backward_kernel(
         )
         padded = (in_window & (in_map == 0))[:, None]  # n 1
         bias_tile = load_bias_tile(
-            bias_ptr, head, here(tokens, position), here(tokens, position),
+            bias_ptr, head, position,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
             ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
         )  # fmt: skip
@@ -181,6 +181,7 @@ def backward_dq_kernel(
     q_ptr += head.to(tl.int64) * stride_head
     k_ptr += head.to(tl.int64) * stride_head
     v_ptr += head.to(tl.int64) * stride_head
+    bias_ptr += head.to(tl.int64) * BIAS_EXTENT * BIAS_EXTENT
     out_ptr += head * HEAD_DIM
     do_ptr += head * HEAD_DIM
     dq_ptr += head * HEAD_DIM
@@ -230,7 +231,7 @@ def backward_dq_kernel(
                 k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
                 v = as_operand(v, v.dtype, PRECISION)
                 bias_tile = load_tiled_bias_tile(
-                    bias_ptr, head, tile * BLOCK_M, start, scale, here(cut, image * num_heads), cut_row, cut_col,
+                    bias_ptr, tile * BLOCK_M, start, scale, here(cut, image * num_heads), cut_row, cut_col,
                     ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # m n  # fmt: skip
                 scores = tile_scores(
@@ -276,6 +277,7 @@ def backward_dkdv_kernel(
     q_ptr += head.to(tl.int64) * stride_head
     k_ptr += head.to(tl.int64) * stride_head
     v_ptr += head.to(tl.int64) * stride_head
+    bias_ptr += head.to(tl.int64) * BIAS_EXTENT * BIAS_EXTENT
     do_ptr += head * HEAD_DIM
     dk_ptr += head * HEAD_DIM
     dv_ptr += head * HEAD_DIM
@@ -304,8 +306,12 @@ def backward_dkdv_kernel(
 
             dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
             dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)  # n d
-            # What follows from `start` alone would be worked out ahead of the images, and take more registers than there are.
-            for start in range(here(0, image * num_heads), WINDOW_AREA, BLOCK_M):
+            # Where a token's row and column are bits of its number, the compiler works them out ahead of the images for
+            # every `start`, which takes more registers than there are.
+            first_start = 0
+            if (WINDOW_W & (WINDOW_W - 1)) == 0:
+                first_start = here(0, image * num_heads)
+            for start in range(first_start, WINDOW_AREA, BLOCK_M):
                 rows = start + tl.arange(0, BLOCK_M)  # m
                 q_offsets, q_pixels, q_in_window, q_in_map = locate_tokens(
                     position, rows, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
@@ -326,7 +332,7 @@ def backward_dkdv_kernel(
                     other=0.0,
                 )  # m
                 bias_tile = load_tiled_bias_tile(
-                    bias_ptr, head, start, here(tile * BLOCK_N, image * num_heads), scale, here(cut, image * num_heads), cut_row, cut_col,
+                    bias_ptr, start, here(tile * BLOCK_N, image * num_heads), scale, cut, cut_row, cut_col,
                     ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # m n  # fmt: skip
                 scores = tile_scores(
@@ -376,6 +382,7 @@ def backward_dbias_kernel(
     q_ptr += head.to(tl.int64) * stride_head
     k_ptr += head.to(tl.int64) * stride_head
     v_ptr += head.to(tl.int64) * stride_head
+    bias_ptr += head.to(tl.int64) * BIAS_EXTENT * BIAS_EXTENT
     do_ptr += head * HEAD_DIM
     q_pad_ptr = pad_ptr + head * HEAD_DIM
     k_pad_ptr = q_pad_ptr + C
@@ -392,7 +399,7 @@ def backward_dbias_kernel(
             position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
         bias_tile = load_tiled_bias_tile(
-            bias_ptr, head, here(row, position), here(col, position), scale,
+            bias_ptr, here(row, position), here(col, position), scale,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
             ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
         )  # m n  # fmt: skip

@@ -37,11 +37,11 @@ def bias_fragments_kernel(
 
 @triton.jit
 def load_bias_fragments(
-    fragments_ptr, head, row, col, EXTENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    fragments_ptr, row, col, EXTENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """The tile that starts at (`row`, `col`) of a head's bias, divided by the scale: [m, n]."""
+    """The tile that starts at (`row`, `col`) of one head's bias, divided by the scale: [m, n]."""
     ROWS: tl.constexpr = 64 if BLOCK_M > 64 else BLOCK_M  # of a strip
-    fragments_ptr += head.to(tl.int64) * EXTENT * EXTENT + row // 64 * 64 * EXTENT + row % 64 * 8 + col * 64
+    fragments_ptr += row // 64 * 64 * EXTENT + row % 64 * 8 + col * 64
     offsets = (
         tl.arange(0, BLOCK_M // ROWS)[:, None, None] * (64 * EXTENT)
         + tl.arange(0, BLOCK_N // 8)[None, :, None] * 512

@@ -6,7 +6,9 @@ import triton.language as tl
 from .primitives import (
     as_operand,
     exp_from,
+    fetch_ahead,
     here,
+    inverse_norm,
     load_bias_tile,
     load_tiled_bias_tile,
     load_tile,
@@ -55,22 +57,30 @@ def forward_kernel(
         offsets, pixels, in_window, in_map = locate_tokens(
             position, tokens, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
+        before = position * num_images
+        begin, end = tl.maximum(first - before, 0), tl.minimum(last - before, num_images)
+        at = tl.cast(begin, tl.int64) * stride_b
+        fetch_ahead(q_ptr + at, offsets, in_map)
+        fetch_ahead(k_ptr + at, offsets, in_map)
+        fetch_ahead(v_ptr + at, offsets, in_map)
         bias_tile = load_bias_tile(
-            bias_ptr, head, here(tokens, position), here(tokens, position),
+            bias_ptr, head, position,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
             ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
         )  # fmt: skip
-        before = position * num_images
-        for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
+        for image in range(begin, end):
             at = tl.cast(image, tl.int64) * stride_b
             q = load_tile(q_ptr + at, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
             k = load_tile(k_ptr + at, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
             v = load_tile(v_ptr + at, offsets, in_window, in_map, v_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
-            q = query_key_operand(q, ACC, PRECISION, COSINE)[0]
+            row_scale = scale
+            if COSINE:
+                row_scale = (scale * inverse_norm(q, ACC))[:, None]  # n 1
+            q = as_operand(q, q.dtype, PRECISION)
             k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
             v = as_operand(v, v.dtype, PRECISION)
             logits = tile_logits(
-                q, k, bias_tile, scale, mask_ptr, image, tokens, tokens, num_masks,
+                q, k, bias_tile, row_scale, mask_ptr, image, tokens, tokens, num_masks,
                 ACC, PRECISION, WINDOW_AREA, HAS_MASK,
             )  # fmt: skip
             row_max = tl.max(logits, axis=1)  # n
@@ -109,6 +119,7 @@ def forward_tiled_kernel(
     q_ptr += head.to(tl.int64) * stride_head
     k_ptr += head.to(tl.int64) * stride_head
     v_ptr += head.to(tl.int64) * stride_head
+    bias_ptr += head.to(tl.int64) * BIAS_EXTENT * BIAS_EXTENT
     out_ptr += head * HEAD_DIM
     q_pad_ptr = pad_ptr + head * HEAD_DIM
     k_pad_ptr = q_pad_ptr + C
@@ -137,7 +148,7 @@ def forward_tiled_kernel(
                     WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
                 )  # fmt: skip
                 bias_tile = load_tiled_bias_tile(
-                    bias_ptr, head, row, start, scale, here(cut, image * num_heads), cut_row, cut_col,
+                    bias_ptr, here(row, image * num_heads), start, scale, cut, cut_row, cut_col,
                     ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # fmt: skip
                 k = load_tile(

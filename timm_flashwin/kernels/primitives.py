@@ -52,13 +52,22 @@ def window_cut(position, windows_w, cut_window_h, cut_window_w):
 
 
 @triton.jit
-def here(tokens, position):
+def here(tokens, position, ALIGNMENT: tl.constexpr = 1):
     """The `tokens` as they are, in a way that the compiler takes to depend on the position (which is never below 0).
 
     Addresses of the bias and regions of the mask do not depend on it. Worked out ahead of the walk over positions, as
-    the compiler would, they take a hundred registers all along, where one more program could run.
+    the compiler would, they take a hundred registers all along, where one more program could run. What is known to be a
+    multiple of `ALIGNMENT` stays known to be.
     """
-    return tokens + tl.minimum(position, 0)  # m
+    return tokens + tl.minimum(position, 0) * ALIGNMENT  # m
+
+
+@triton.jit
+def are_in_window(tokens, WINDOW_AREA: tl.constexpr):
+    """Whether the `tokens` of a tile lie before the window's end: no mask at all where the tiles fill the window."""
+    if WINDOW_AREA % tokens.shape[0] == 0:
+        return tl.full(tokens.shape, 1, tl.int1)  # m
+    return tokens < WINDOW_AREA  # m
 
 
 @triton.jit
@@ -71,7 +80,7 @@ def locate_tokens(
     Returns the tokens' offsets in q, k and v, their pixels y * W + x for the contiguous maps, whether they are the
     window's, and whether they are the map's: a padded token is only the former.
     """
-    in_window = tokens < WINDOW_H * WINDOW_W  # m
+    in_window = are_in_window(tokens, WINDOW_H * WINDOW_W)  # m
     row = tokens // WINDOW_W + position // windows_w * WINDOW_H  # m, in the rolled and padded map
     col = tokens % WINDOW_W + position % windows_w * WINDOW_W  # m
     in_map = in_window
@@ -116,18 +125,27 @@ def load_tile(
 
 
 @triton.jit
-def query_key_operand(tile, ACC: tl.constexpr, PRECISION: tl.constexpr, COSINE: tl.constexpr):
-    """q or k as an operand [m, d], and what it was multiplied by: [m].
+def fetch_ahead(ptr, offsets, in_map):
+    """Have the tokens at `offsets` brought into the L2 cache, and do not wait for them."""
+    tl.load(ptr + offsets, mask=in_map, volatile=True)  # volatile: nobody uses what it returns
 
-    That is 1, or for cosine attention 1 / max(|token|, eps), as torch.nn.functional.normalize divides.
-    """
-    inverse_norm = tl.full([tile.shape[0]], 1.0, dtype=ACC)  # m
+
+@triton.jit
+def inverse_norm(tile, ACC: tl.constexpr):
+    """1 / max(|token|, eps) of q or k [m, d], as torch.nn.functional.normalize divides: [m]."""
+    wide = tile.to(ACC)
+    return tl.rsqrt(tl.maximum(tl.sum(wide * wide, axis=1), NORM_EPS * NORM_EPS))
+
+
+@triton.jit
+def query_key_operand(tile, ACC: tl.constexpr, PRECISION: tl.constexpr, COSINE: tl.constexpr):
+    """q or k as an operand [m, d], and what it was multiplied by [m]: 1, or for cosine attention its `inverse_norm`."""
+    factor = tl.full([tile.shape[0]], 1.0, dtype=ACC)  # m
     operand = tile
     if COSINE:
-        wide = tile.to(ACC)
-        inverse_norm = tl.rsqrt(tl.maximum(tl.sum(wide * wide, axis=1), NORM_EPS * NORM_EPS))
-        operand = wide * inverse_norm[:, None]
-    return as_operand(operand, tile.dtype, PRECISION), inverse_norm
+        factor = inverse_norm(tile, ACC)
+        operand = tile.to(ACC) * factor[:, None]
+    return as_operand(operand, tile.dtype, PRECISION), factor
 
 
 @triton.jit
@@ -157,31 +175,33 @@ def store_tile(ptr, tile, offsets, in_map, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def load_bias_tile(
-    bias_ptr, head, rows, cols, cut, cut_row, cut_col,
+    bias_ptr, head, position, cut, cut_row, cut_col,
     ACC: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """What is added to the logits of one head between query `rows` and key `cols` of a window: the bias, the mask
+    """What is added to the logits of one head in the window at `position`, which is one tile: the bias, the mask
     between tokens that only the roll made neighbours, and -inf for keys past the window's end: [m, n].
     """
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
-    in_window = (cols < WINDOW_AREA)[None, :]  # 1 n
+    tokens = tl.arange(0, BLOCK_N)  # m, and n
+    if IS_SHIFTED:  # regions take so many registers that addresses must not take some ahead of time
+        tokens = here(tokens, position, BLOCK_N)
+    in_window = tokens < WINDOW_AREA
+    tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC) + tl.where(in_window, 0.0, float("-inf"))[None, :]
     if HAS_BIAS:
-        bias_ptr += head.to(tl.int64) * WINDOW_AREA * WINDOW_AREA
-        # Rows past the end are the last one again: they are dropped in the end, and need no mask of their own here.
-        offsets = tl.minimum(rows, WINDOW_AREA - 1)[:, None] * WINDOW_AREA + cols[None, :]  # m n
-        if WINDOW_AREA % BLOCK_N == 0:
+        bias_ptr += here(head.to(tl.int64) * WINDOW_AREA * WINDOW_AREA, position, BLOCK_N)
+        # 64 bits, in which the compiler sees that a thread's addresses are one and a constant.
+        offsets = tokens.to(tl.int64)[:, None] * WINDOW_AREA + tokens[None, :]  # m n
+        if WINDOW_AREA == BLOCK_N:
             tile = tl.load(bias_ptr + offsets).to(ACC)
-        else:
-            tile = tl.load(bias_ptr + offsets, mask=in_window, other=float("-inf")).to(ACC)
-    else:
-        tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC) + tl.where(in_window, 0.0, float("-inf"))
-    return add_shift_mask(tile, rows, cols, MASK_VALUE, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
+        else:  # rows past the end are 0: nobody needs them, but NaN would spread from there
+            tile = tl.load(bias_ptr + offsets, mask=in_window[:, None] & in_window[None, :], other=tile).to(ACC)
+    return add_shift_mask(tile, tokens, tokens, MASK_VALUE, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
 
 
 @triton.jit
 def load_tiled_bias_tile(
-    fragments_ptr, head, row, col, scale, cut, cut_row, cut_col,
+    fragments_ptr, row, col, scale, cut, cut_row, cut_col,
     ACC: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EXTENT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SHIFTED: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +211,7 @@ def load_tiled_bias_tile(
     rows = row + tl.arange(0, BLOCK_M)  # m
     cols = col + tl.arange(0, BLOCK_N)  # n
     if HAS_BIAS:
-        tile = load_bias_fragments(fragments_ptr, head, row, col, EXTENT, BLOCK_M, BLOCK_N).to(ACC)  # m n
+        tile = load_bias_fragments(fragments_ptr, row, col, EXTENT, BLOCK_M, BLOCK_N).to(ACC)  # m n
     else:
         tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
         if WINDOW_H * WINDOW_W % BLOCK_N != 0:
@@ -206,7 +226,7 @@ def add_shift_mask(tile, rows, cols, value, cut, cut_row, cut_col, WINDOW_W: tl.
         if cut != 0:
             row_region = token_region(rows, cut, cut_row, cut_col, WINDOW_W)  # m
             col_region = token_region(cols, cut, cut_row, cut_col, WINDOW_W)  # n
-            tile += tl.where(row_region[:, None] != col_region[None, :], value, 0.0)
+            tile = tl.where(row_region[:, None] != col_region[None, :], tile + value, tile)
     return tile  # m n
 
 
@@ -222,7 +242,7 @@ def tile_logits(
     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WINDOW_AREA: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """q @ k^T * scale + bias + mask: [m, n]."""
+    """q @ k^T * scale + bias + mask [m, n], for one scale or one a row [m, 1]."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale + bias_tile
     if HAS_MASK:
         logits += load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC, WINDOW_AREA)
@@ -272,8 +292,9 @@ def store_stats(ptr, row_max, inverse_sum, window, head, rows, num_heads, WINDOW
     not average out of the gradients.
     """
     offsets = 2 * stats_offsets(window, head, rows, num_heads, WINDOW_AREA)  # m
-    tl.store(ptr + offsets, row_max, mask=rows < WINDOW_AREA)
-    tl.store(ptr + offsets + 1, inverse_sum, mask=rows < WINDOW_AREA)
+    in_window = are_in_window(rows, WINDOW_AREA)  # m
+    tl.store(ptr + offsets, row_max, mask=in_window)
+    tl.store(ptr + offsets + 1, inverse_sum, mask=in_window)
 
 
 @triton.jit
@@ -281,5 +302,6 @@ def load_stats(ptr, window, head, rows, num_heads, WINDOW_AREA: tl.constexpr):
     """(row_max, inverse_sum) of the query `rows`; outside the window those that make every probability 0."""
     offsets = 2 * stats_offsets(window, head, rows, num_heads, WINDOW_AREA)  # m
     # Not 0: with the bias of the last row, which rows past the end have too, the exponential could overflow.
-    row_max = tl.load(ptr + offsets, mask=rows < WINDOW_AREA, other=float("inf"))  # m
-    return row_max, tl.load(ptr + offsets + 1, mask=rows < WINDOW_AREA, other=0.0)  # m
+    in_window = are_in_window(rows, WINDOW_AREA)  # m
+    row_max = tl.load(ptr + offsets, mask=in_window, other=float("inf"))  # m
+    return row_max, tl.load(ptr + offsets + 1, mask=in_window, other=0.0)  # m

@@ -56,6 +56,8 @@ _MEASURED = {
 # Where half of the last key tile or more would lie past the window's end (12x12, 14x14): narrower tiles, less in vain.
 _MEASURED_NARROW = {
     (90, "forward_tiled", False): Settings(64, 32, 4, num_stages=2, programs_per_sm=5, max_registers=96),
+    (90, "backward_dbias", False): Settings(64, 32, 4, num_stages=3, programs_per_sm=4, max_registers=128),
+    (90, "backward_dbias", True): Settings(64, 32, 4, num_stages=3, programs_per_sm=4, max_registers=128),
 }
 
 
@@ -79,8 +81,9 @@ def settings_for(
     if kernel == "forward_tiled":
         return _tiled_forward(window_area, token_bytes, cosine, device)
     if kernel == "backward_dbias":
-        return Settings(32 if token_bytes > 256 else 64, 32, num_warps=4, num_stages=1, programs_per_sm=4)
-    return _tiled_backward(token_bytes, cosine, device)
+        block_m = 32 if token_bytes > 256 else 64
+        return Settings(block_m, 32, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
+    return _tiled_backward(token_bytes, device)
 
 
 def block_d(head_dim: int) -> int:
@@ -119,15 +122,15 @@ def _tiled_forward(window_area: int, token_bytes: int, cosine: bool, device: tor
     return Settings(block_m, block_n, num_warps=4, num_stages=1, programs_per_sm=8, max_registers=255)
 
 
-def _tiled_backward(token_bytes: int, cosine: bool, device: torch.device) -> Settings:
+def _tiled_backward(token_bytes: int, device: torch.device) -> Settings:
     """dq, and dk and dv."""
     if token_bytes > 256:
         return Settings(32, 32, num_warps=4, num_stages=1, programs_per_sm=4)
     if _has_wgmma(device):
         return Settings(64, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
     # A 64x64 tile would spill.
-    block_n = 32 if token_bytes > 128 or cosine else 64
-    return Settings(32, block_n, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
+    block_m = 64 if token_bytes <= 64 else 32
+    return Settings(block_m, 32, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
 
 
 def _has_wgmma(device: torch.device) -> bool:
