@@ -238,7 +238,7 @@ def backward_dq_kernel(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
                     ACC, PRECISION, WINDOW_AREA, HAS_MASK,
                 )  # fmt: skip
-                p = exp_from(scores, row_max, scale)  # m n, to be divided by the row's sum
+                p = exp_from(scores, row_max, scale, q.dtype == tl.float32)  # m n, to be divided by the row's sum
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
                 ds = as_operand(p * (dp - delta[:, None]), k.dtype, PRECISION)  # m n
                 dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
@@ -339,7 +339,7 @@ def backward_dkdv_kernel(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
                     ACC, PRECISION, WINDOW_AREA, HAS_MASK,
                 )  # fmt: skip
-                p = exp_from(scores, row_max, scale) * inverse_sum[:, None]  # m n
+                p = exp_from(scores, row_max, scale, q.dtype == tl.float32) * inverse_sum[:, None]  # m n
                 dv += tl.dot(tl.trans(as_operand(p, do.dtype, PRECISION)), do, input_precision=PRECISION, out_dtype=ACC)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
                 ds = as_operand(p * (dp - delta[:, None]), q.dtype, PRECISION)  # m n
@@ -425,7 +425,7 @@ def backward_dbias_kernel(
             scores = tile_scores(
                 q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks, ACC, PRECISION, WINDOW_AREA, HAS_MASK
             )
-            p = exp_from(scores, row_max, scale)  # m n, to be divided by the row's sum
+            p = exp_from(scores, row_max, scale, q.dtype == tl.float32)  # m n, to be divided by the row's sum
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
             dbias += p * (dp * inverse_sum[:, None] - (delta * inverse_sum)[:, None])
     store_bias_partial(dbias_ptr, dbias, tl.program_id(1), head, num_heads, rows, cols, WINDOW_AREA)

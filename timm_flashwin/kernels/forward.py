@@ -166,7 +166,7 @@ def forward_tiled_kernel(
                 new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)  # m
                 # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
                 origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
-                p = exp_from(scores, origin, scale)  # m n
+                p = exp_from(scores, origin, scale, q.dtype == tl.float32)  # m n
                 rescale = tl.exp(row_max - origin)  # m
                 row_max = new_max
                 row_sum = row_sum * rescale + tl.sum(p, axis=1)

@@ -17,6 +17,7 @@ import triton.language as tl
 from .bias_fragments import load_bias_fragments
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_REST = tl.constexpr(1.925963033500643e-08)  # what float32 leaves of it
 MASK_VALUE = tl.constexpr(-100.0)  # geometry.MASK_VALUE
 NORM_EPS = tl.constexpr(1e-12)  # reference.NORM_EPS
 LOWEST_MASK = tl.constexpr(-1e30)
@@ -65,7 +66,7 @@ def here(tokens, position, ALIGNMENT: tl.constexpr = 1):
 @triton.jit
 def are_in_window(tokens, WINDOW_AREA: tl.constexpr):
     """Whether the `tokens` of a tile lie before the window's end: no mask at all where the tiles fill the window."""
-    if WINDOW_AREA % tokens.shape[0] == 0:
+    if ((tokens.shape[0] - 1) & WINDOW_AREA) == 0:  # a tile is a power of two
         return tl.full(tokens.shape, 1, tl.int1)  # m
     return tokens < WINDOW_AREA  # m
 
@@ -273,9 +274,17 @@ def load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC: tl.constexpr, WI
 
 
 @triton.jit
-def exp_from(logits, origin, scale=1.0):
-    """exp(scale * logits - origin) [m, n] for an `origin` a row [m], in two steps: a multiply-add and an exp2."""
-    return tl.exp2(logits * (scale * LOG2E) - (origin * LOG2E)[:, None])
+def exp_from(logits, origin, scale=1.0, PRECISE: tl.constexpr = False):
+    """exp(scale * logits - origin) [m, n] for an `origin` a row [m], in two steps: a multiply-add and an exp2.
+
+    The factor is rounded once for all, which in float32 shows in the sum over all logits that dlogit_scale is. `PRECISE`
+    takes the rest of the factor along.
+    """
+    factor = scale * LOG2E
+    exponent = logits * factor - (origin * LOG2E)[:, None]  # m n
+    if PRECISE:
+        exponent += logits * (tl.fma(scale, LOG2E, -factor) + scale * LOG2E_REST)
+    return tl.exp2(exponent)
 
 
 @triton.jit
