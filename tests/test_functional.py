@@ -28,6 +28,7 @@ BAD_MAPS = {
     "bias rank": (ValueError, "bias has 2 dimensions", dict(bias=torch.zeros(16, 16))),
     "bias dtype": (TypeError, "bias has the dtype torch.bool", dict(bias=torch.zeros(2, 16, 16, dtype=torch.bool))),
     "bias device": (TypeError, "bias is on meta", dict(bias=torch.zeros(2, 16, 16, device="meta"))),
+    "negative scale": (ValueError, "scale is -1.0; it must be 0 or more", dict(scale=-1.0)),
     "pad shape": (ValueError, "pad_qkv has the shape \\(95,\\)", dict(pad_qkv=torch.zeros(95))),
     "impl": (ValueError, "'auto', 'triton', 'reference'", dict(impl="cuda")),
 }
@@ -49,6 +50,7 @@ BAD_WINDOWS = {
     "mask count": (ValueError, "mask is for 3 windows", dict(mask=torch.zeros(3, 16, 16))),
     "mask of truth values": (TypeError, "torch.bool", dict(mask=torch.zeros(2, 16, 16, dtype=torch.bool))),
     "mask to train": (ValueError, "mask requires a gradient", dict(mask=torch.zeros(2, 16, 16, requires_grad=True))),
+    "negative scale": (ValueError, "scale is -1.0; it must be 0 or more", dict(scale=-1.0)),
     "no tokens": (ValueError, "only B_ may be 0", dict(zip("qkv", [torch.zeros(4, 2, 0, 16)] * 3, strict=True))),
 }
 
@@ -117,6 +119,13 @@ def test_scale_replaces_the_default(impl, kernel_device):
     qkv = make_map(device=kernel_device)
     default, given, other = (window_attention(qkv, 2, 4, scale=scale, impl=impl) for scale in (None, 16**-0.5, 1.0))
     assert torch.equal(default, given) and not torch.equal(default, other)
+
+
+@pytest.mark.parametrize("window_size", [4, 9], ids=["one tile", "several tiles"])
+def test_scale_0_leaves_the_bias_alone(window_size, kernel_device):
+    qkv, bias = make_map(device=kernel_device), torch.randn(2, window_size**2, window_size**2, device=kernel_device)
+    ours, reference = (window_attention(qkv, 2, window_size, bias=bias, scale=0, impl=i) for i in ("triton", "reference"))
+    torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3)  # TF32 at its worst
 
 
 def test_reference_takes_an_empty_batch():

@@ -13,12 +13,6 @@ HEADS, HEAD_DIM = 1, 16
 C = HEADS * HEAD_DIM
 HALF_DTYPES = [torch.float16] + ([torch.bfloat16] if GPU else [])  # the interpreter has no bfloat16 products
 
-# Defects of the kernels that these tests found. A mark that is no longer true fails.
-HIDDEN_NAN = pytest.mark.xfail(strict=True, reason="min(NaN, log 100) is log 100 (primitives.py, load_scale)")
-LOWEST_MASK = pytest.mark.xfail(
-    strict=True, reason="log2(e) times the lowest float32 is -inf, and -inf - -inf NaN (primitives.py, exp_from)"
-)
-
 # One tile that is full, one with rows to spare, and windows of several tiles: the kernels differ.
 WINDOWS = {"full tile": (4, 4), "one tile": (5, 4), "several tiles": (9, 8)}
 each_kernel = pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
@@ -198,7 +192,6 @@ def test_what_is_no_number_stays_in_its_window_and_comes_out_where_timms_does(
     assert torch.equal(torch.isfinite(dbias), torch.isfinite(timms_dbias))
 
 
-@HIDDEN_NAN
 @each_kernel
 def test_a_logit_scale_that_is_no_number_shows_in_its_head(window, kernel_device):
     qkv = torch.randn(1, *window, 3 * 2 * HEAD_DIM, device=kernel_device)
@@ -207,7 +200,6 @@ def test_a_logit_scale_that_is_no_number_shows_in_its_head(window, kernel_device
     assert out[..., 0, :].isnan().all() and torch.isfinite(out[..., 1, :]).all()
 
 
-@LOWEST_MASK
 @pytest.mark.parametrize("N", [16, 80])
 def test_a_row_masked_with_the_lowest_float32_is_the_mean_as_in_torch(N, kernel_device, ieee):
     """The lowest finite number, and not -inf, is how many masks keep a fully masked row from being NaN."""

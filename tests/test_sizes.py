@@ -134,17 +134,9 @@ torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
 
 @pytest.mark.parametrize(
     "num_heads, head_dim, has_bias",
-    [
-        pytest.param(
-            PAST_31_BITS // 576**2 + 3, 8, True, id="bias",
-            marks=pytest.mark.xfail(strict=True, reason="head * N * N in 32 bits (primitives.py, load_bias_tile)"),
-        ),
-        pytest.param(
-            PAST_31_BITS // (576 * 128) + 3, 128, False, id="q",
-            marks=pytest.mark.xfail(strict=True, reason="head * stride_head in 32 bits, for contiguous q, k and v too"),
-        ),
-    ],
-)  # fmt: skip
+    [(PAST_31_BITS // 576**2 + 3, 8, True), (PAST_31_BITS // (576 * 128) + 3, 128, False)],
+    ids=["bias", "q"],
+)
 def test_one_window_past_31_bits_is_right_to_its_last_head(num_heads, head_dim, has_bias):
     """In a process of its own: after an illegal address nothing else would run in this one."""
     needs_memory(30)

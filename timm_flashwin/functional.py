@@ -68,7 +68,7 @@ def window_attention(
         bias: Relative position bias [num_heads, N, N] with N = Wh * Ww, any float dtype, or None.
         pad_qkv: [3 * num_heads * head_dim]: the qkv of a padded token, which is what the qkv Linear makes of zeros: its
             bias. None stands for zeros (a Linear without bias). Padded tokens are attended to.
-        scale: Factor on q @ k^T; head_dim ** -0.5 if None.
+        scale: Factor on q @ k^T, 0 or more; head_dim ** -0.5 if None.
         logit_scale: [num_heads], any float dtype: cosine attention with the logarithm of each head's factor. None:
             plain attention. Not together with `scale`.
         impl: "triton" (never falls back), "reference" (plain PyTorch), or "auto": the kernels where they can run,
@@ -239,6 +239,8 @@ def _check_bias(bias: Tensor | None, of: Tensor, num_heads: int, window_area: in
 def _checked_scale(scale: float | None, logit_scale: Tensor | None, of: Tensor, num_heads: int, head_dim: int) -> float:
     """The factor on q @ k^T; 1 where `logit_scale` says it."""
     if logit_scale is None:
+        if scale is not None and scale < 0:
+            raise ValueError(f"scale is {scale}; it must be 0 or more (negate q for the opposite order)")
         return head_dim**-0.5 if scale is None else float(scale)
     if scale is not None:
         raise ValueError(f"scale={scale} and a logit_scale are given; cosine attention takes logit_scale alone")

@@ -278,12 +278,13 @@ def exp_from(logits, origin, scale=1.0, PRECISE: tl.constexpr = False):
     """exp(scale * logits - origin) [m, n] for an `origin` a row [m], in two steps: a multiply-add and an exp2.
 
     The factor is rounded once for all, which in float32 shows in the sum over all logits that dlogit_scale is. `PRECISE`
-    takes the rest of the factor along.
+    takes the rests of the factors along.
     """
     factor = scale * LOG2E
     exponent = logits * factor - (origin * LOG2E)[:, None]  # m n
     if PRECISE:
-        exponent += logits * (tl.fma(scale, LOG2E, -factor) + scale * LOG2E_REST)
+        rest = tl.fma(scale, LOG2E, -factor) + scale * LOG2E_REST
+        exponent += logits * rest - (origin * LOG2E_REST)[:, None]
     return tl.exp2(exponent)
 
 

@@ -99,7 +99,10 @@ def _one_tile_forward(window_area: int, token_bytes: int, cosine: bool, device: 
         stages = 2 if token_bytes <= 64 else 1
         return Settings(block, block, warps, stages, programs_per_sm=4, max_registers=128 if warps == 4 else None)
     # Small tokens leave shared memory to fetch the next windows ahead of time; wide ones would crowd out programs.
-    return Settings(block, block, warps, num_stages=3 if token_bytes <= 64 else 1, programs_per_sm=3)
+    stages = 3 if token_bytes <= 64 else 1
+    # Left alone, the compiler takes more registers than three programs have.
+    max_registers = 168 if stages == 3 and _has_wgmma(device) else None
+    return Settings(block, block, warps, stages, programs_per_sm=3, max_registers=max_registers)
 
 
 def _one_tile_backward(window_area: int, token_bytes: int, device: torch.device) -> Settings:
