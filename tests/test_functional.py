@@ -124,7 +124,9 @@ def test_scale_replaces_the_default(impl, kernel_device):
 @pytest.mark.parametrize("window_size", [4, 9], ids=["one tile", "several tiles"])
 def test_scale_0_leaves_the_bias_alone(window_size, kernel_device):
     qkv, bias = make_map(device=kernel_device), torch.randn(2, window_size**2, window_size**2, device=kernel_device)
-    ours, reference = (window_attention(qkv, 2, window_size, bias=bias, scale=0, impl=i) for i in ("triton", "reference"))
+    ours, reference = (
+        window_attention(qkv, 2, window_size, bias=bias, scale=0, impl=i) for i in ("triton", "reference")
+    )
     torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3)  # TF32 at its worst
 
 

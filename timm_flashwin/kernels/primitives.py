@@ -255,7 +255,7 @@ def tile_scores(
     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WINDOW_AREA: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """q @ k^T + (bias + mask) / scale [m, n], the logits divided by the scale, from a `bias_tile` that is so already."""
+    """The logits divided by the scale, q @ k^T + (bias + mask) / scale [m, n], from a `bias_tile` that is so already."""
     scores = tl.dot(q, tl.trans(k), acc=bias_tile, input_precision=PRECISION, out_dtype=ACC)
     if HAS_MASK:
         scores += load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC, WINDOW_AREA) / scale
@@ -277,8 +277,8 @@ def load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC: tl.constexpr, WI
 def exp_from(logits, origin, scale=1.0, PRECISE: tl.constexpr = False):
     """exp(scale * logits - origin) [m, n] for an `origin` a row [m], in two steps: a multiply-add and an exp2.
 
-    The factor is rounded once for all, which in float32 shows in the sum over all logits that dlogit_scale is. `PRECISE`
-    takes the rests of the factors along.
+    The factor is rounded once for all, which in float32 shows in the sum over all logits that dlogit_scale is.
+    `PRECISE` takes the rests of the factors along.
     """
     factor = scale * LOG2E
     exponent = logits * factor - (origin * LOG2E)[:, None]  # m n
