@@ -277,14 +277,17 @@ def load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC: tl.constexpr, WI
 def exp_from(logits, origin, scale=1.0, PRECISE: tl.constexpr = False):
     """exp(scale * logits - origin) [m, n] for an `origin` a row [m], in two steps: a multiply-add and an exp2.
 
-    The factor is rounded once for all, which in float32 shows in the sum over all logits that dlogit_scale is.
-    `PRECISE` takes the rests of the factors along.
+    Both factors are rounded once for a whole row or more, and the forward and the backward start from different
+    origins, so these errors do not average out. In float32 they show in the sum that dlogit_scale is: `PRECISE` takes
+    along what rounding left.
     """
     factor = scale * LOG2E
-    exponent = logits * factor - (origin * LOG2E)[:, None]  # m n
+    start = origin * LOG2E  # m
+    exponent = tl.fma(logits, factor, -start[:, None])  # m n
     if PRECISE:
-        rest = tl.fma(scale, LOG2E, -factor) + scale * LOG2E_REST
-        exponent += logits * rest - (origin * LOG2E_REST)[:, None]
+        factor_rest = tl.fma(scale, LOG2E, -factor) + scale * LOG2E_REST
+        start_rest = tl.fma(origin, LOG2E, -start) + origin * LOG2E_REST  # m
+        exponent += logits * factor_rest - start_rest[:, None]
     return tl.exp2(exponent)
 
 
