@@ -6,7 +6,6 @@ import triton.language as tl
 from .primitives import (
     as_operand,
     exp_from,
-    fetch_ahead,
     here,
     inverse_norm,
     load_bias_tile,
@@ -58,17 +57,12 @@ def forward_kernel(
             position, tokens, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
         before = position * num_images
-        begin, end = tl.maximum(first - before, 0), tl.minimum(last - before, num_images)
-        at = tl.cast(begin, tl.int64) * stride_b
-        fetch_ahead(q_ptr + at, offsets, in_map)
-        fetch_ahead(k_ptr + at, offsets, in_map)
-        fetch_ahead(v_ptr + at, offsets, in_map)
         bias_tile = load_bias_tile(
             bias_ptr, head, position,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
             ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
         )  # fmt: skip
-        for image in range(begin, end):
+        for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
             at = tl.cast(image, tl.int64) * stride_b
             q = load_tile(q_ptr + at, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
             k = load_tile(k_ptr + at, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d

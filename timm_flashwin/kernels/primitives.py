@@ -126,12 +126,6 @@ def load_tile(
 
 
 @triton.jit
-def fetch_ahead(ptr, offsets, in_map):
-    """Have the tokens at `offsets` brought into the L2 cache, and do not wait for them."""
-    tl.load(ptr + offsets, mask=in_map, volatile=True)  # volatile: nobody uses what it returns
-
-
-@triton.jit
 def inverse_norm(tile, ACC: tl.constexpr):
     """1 / max(|token|, eps) of q or k [m, d], as torch.nn.functional.normalize divides: [m]."""
     wide = tile.to(ACC)
@@ -287,7 +281,8 @@ def exp_from(logits, origin, scale=1.0, PRECISE: tl.constexpr = False):
     if PRECISE:
         factor_rest = tl.fma(scale, LOG2E, -factor) + scale * LOG2E_REST
         start_rest = tl.fma(origin, LOG2E, -start) + origin * LOG2E_REST  # m
-        exponent += logits * factor_rest - start_rest[:, None]
+        rest = logits * factor_rest - start_rest[:, None]
+        exponent += tl.where(logits == float("-inf"), 0.0, rest)
     return tl.exp2(exponent)
 
 
