@@ -282,7 +282,7 @@ def exp_from(logits, origin, scale=1.0, PRECISE: tl.constexpr = False):
         factor_rest = tl.fma(scale, LOG2E, -factor) + scale * LOG2E_REST
         start_rest = tl.fma(origin, LOG2E, -start) + origin * LOG2E_REST  # m
         rest = logits * factor_rest - start_rest[:, None]
-        exponent += tl.where(logits == float("-inf"), 0.0, rest)
+        exponent += tl.where(exponent == float("-inf"), 0.0, rest)  # of infinities it is NaN
     return tl.exp2(exponent)
 
 
