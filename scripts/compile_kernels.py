@@ -141,6 +141,7 @@ def compile_case(target_name: str, name: str) -> list[Row]:
     case = make_cases()[name]
     triton.runtime.driver.set_active(CompileOnlyDriver(target))
     settings.target_arch.cache_clear()
+    settings.settings_for.cache_clear()
     compiled_kernels = []
 
     def warmup(kernel, grid):

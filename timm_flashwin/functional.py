@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 from .geometry import to_pair
 from .kernels import needs_stats
 from .ops import autocast_dtype, transforms_are_on
@@ -104,7 +104,7 @@ def window_attention(
     if _use_kernels(impl, qkv.device, _compute_dtype(qkv), head_dim, window_area):
         needs_grad = _needs_grad(qkv, bias, pad_qkv, logit_scale)
         save_stats = needs_grad and needs_stats(window_area, head_dim, _compute_dtype(qkv))
-        return torch.ops.timm_flashwin.window_attention(
+        return ops.window_attention(
             qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale, save_stats
         )[0]
     (qkv,), context = _under_autocast(qkv)
@@ -162,7 +162,7 @@ def windowed_sdpa(
     if _use_kernels(impl, q.device, _compute_dtype(q), head_dim, N):
         needs_grad = _needs_grad(q, k, v, bias, logit_scale)
         save_stats = needs_grad and needs_stats(N, head_dim, _compute_dtype(q))
-        return torch.ops.timm_flashwin.windowed_sdpa(q, k, v, bias, mask, logit_scale, scale, save_stats)[0]
+        return ops.windowed_sdpa(q, k, v, bias, mask, logit_scale, scale, save_stats)[0]
     (q, k, v), context = _under_autocast(q, k, v)
     with context:
         return reference.windowed_sdpa(q, k, v, bias, mask, scale, logit_scale)
@@ -198,7 +198,7 @@ def relative_position_bias(table: Tensor, window_size: int | tuple[int, int], im
             f"for window_size={window_size}"
         )
     if _use_kernels(impl, table.device, table.dtype, None, window_size[0] * window_size[1]):
-        return torch.ops.timm_flashwin.relative_position_bias(table, window_size)
+        return ops.relative_position_bias(table, window_size)
     return reference.relative_position_bias(table, window_size)
 
 

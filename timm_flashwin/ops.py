@@ -12,6 +12,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .geometry import num_windows
@@ -42,21 +43,32 @@ _library.define("relative_position_bias_backward(Tensor dbias, int[2] window_siz
 _WAY_OUT = 'use impl="reference", by timm_flashwin.accelerate(model, impl="reference") for a model'
 
 
-def _implement(name: str, kernel, fake, backward=None, setup_context=None) -> None:
+def _implement(name: str, kernel, fake, backward=None, setup_context=None, num_activations: int = 0) -> "_Operator":
+    """Register an operator; the first `num_activations` of its inputs follow autocast."""
     # "CPU" is for Triton's interpreter; functional sends no CPU tensor here without it.
     for dispatch_key in ("CUDA", "CPU"):
         _library.impl(name, kernel, dispatch_key)
     torch.library.register_fake(f"timm_flashwin::{name}", fake, lib=_library)
-    if backward is not None:
 
-        def without_tangents(ctx, *grads):
-            if any(grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads):
-                raise NotImplementedError(f"timm_flashwin::{name} has no forward-mode derivative; " + _WAY_OUT)
-            return backward(ctx, *grads)
+    def without_tangents(ctx, *grads):
+        if any(grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads):
+            raise NotImplementedError(f"timm_flashwin::{name} has no forward-mode derivative; " + _WAY_OUT)
+        return backward(ctx, *grads)
 
-        torch.library.register_autograd(
-            f"timm_flashwin::{name}", without_tangents, setup_context=setup_context, lib=_library
-        )
+    torch.library.register_autograd(
+        f"timm_flashwin::{name}", without_tangents, setup_context=setup_context, lib=_library
+    )  # fmt: skip
+    operator = _Operator(name, num_activations, kernel, without_tangents, setup_context)
+    if num_activations:
+
+        def autocast(*inputs):
+            cast = _in_autocasts_dtype(inputs, num_activations)
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                return operator._dispatched(*cast)
+
+        for dispatch_key in ("AutocastCUDA", "AutocastCPU"):
+            _library.impl(name, autocast, dispatch_key)
+    return operator
 
 
 def _no_second_derivative(ctx, *grads):
@@ -81,6 +93,63 @@ def transforms_are_on() -> bool:
     The operators have no rules for them: under a dual level they would lose the tangents and say nothing.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class _Operator:
+    """An operator as Python calls it.
+
+    PyTorch's dispatcher leaves the schema, autograd and autocast of a Python operator to Python, which takes longer
+    than the launch does. Where nobody looks on who could tell the difference, the call goes past it.
+    """
+
+    def __init__(self, name: str, num_activations: int, kernel, backward, setup_context):
+        self._dispatched = getattr(torch.ops.timm_flashwin, name)
+        self._num_activations = num_activations
+        self._kernel = kernel
+
+        def forward(ctx, *inputs):
+            output = kernel(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        methods = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+        # A gradient of a gradient operator is the dispatcher's affair.
+        self._function = type(name, (torch.autograd.Function,), methods) if setup_context else None
+
+    def __call__(self, *inputs):
+        if torch.compiler.is_compiling() or _is_watched(inputs):
+            return self._dispatched(*inputs)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            if self._function is None:
+                return self._dispatched(*inputs)
+            return self._function.apply(*_in_autocasts_dtype(inputs, self._num_activations))
+        return self._kernel(*_in_autocasts_dtype(inputs, self._num_activations))
+
+
+def _is_watched(inputs) -> bool:
+    """Whether more is under way than eager execution: a profiler, a mode, tracing, a transform, a tensor subclass."""
+    return (
+        torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or transforms_are_on()
+        or any(isinstance(x, Tensor) and not _is_plain(x) for x in inputs)
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether `x` has memory that a kernel can be pointed to; what `is_grads_batched=True` hands over has none."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not is_legacy_batchedtensor(x)
+
+
+def _in_autocasts_dtype(inputs, num_activations: int):
+    """The activations, which come first, as timm's matmuls run them; the bias keeps its dtype: logits are float32."""
+    dtype = autocast_dtype(inputs[0].device.type) if num_activations else None
+    if dtype is None:
+        return inputs
+    cast = [x.to(dtype) if x.dtype != torch.float64 else x for x in inputs[:num_activations]]
+    return *cast, *inputs[num_activations:]
 
 
 def _acc_dtype(x: Tensor) -> torch.dtype:
@@ -113,7 +182,9 @@ def _rounded_where_needed(sums, inputs, needed, like: Tensor) -> tuple[Tensor, .
 
 def _device_guard(x: Tensor):
     """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(x)
 
 
 # ------------------------------------------------------------------------------------------ window_attention
@@ -160,7 +231,7 @@ def _window_attention_autograd(ctx, do, _):
     if do is None:
         return (None,) * 9
     _, *needed = ctx.needs_input_grad[:4]
-    grads = torch.ops.timm_flashwin.window_attention_backward(do, *ctx.saved_tensors, *ctx.geometry, *needed)
+    grads = window_attention_backward(do, *ctx.saved_tensors, *ctx.geometry, *needed)
     return *_where_needed(grads, (True, *needed)), None, None, None, None, None
 
 
@@ -185,14 +256,15 @@ def _window_attention_backward_fake(
     return dqkv, *_empty_where_needed((bias, pad_qkv, logit_scale), needed, qkv)
 
 
-_implement(
+window_attention = _implement(
     "window_attention",
     _window_attention,
     _window_attention_fake,
     _window_attention_autograd,
     _window_attention_setup_context,
+    num_activations=1,
 )
-_implement(
+window_attention_backward = _implement(
     "window_attention_backward", _window_attention_backward, _window_attention_backward_fake, _no_second_derivative
 )
 
@@ -236,9 +308,7 @@ def _windowed_sdpa_autograd(ctx, do, _):
     if do is None:
         return (None,) * 8
     needed = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-    *dqkv, dbias, dlogit_scale = torch.ops.timm_flashwin.windowed_sdpa_backward(
-        do, *ctx.saved_tensors, ctx.scale, *needed
-    )
+    *dqkv, dbias, dlogit_scale = windowed_sdpa_backward(do, *ctx.saved_tensors, ctx.scale, *needed)
     dbias, dlogit_scale = _where_needed((dbias, dlogit_scale), needed)
     return *dqkv, dbias, None, dlogit_scale, None, None
 
@@ -267,8 +337,17 @@ def _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, logit_scale, out, stat
     return dq, dk, dv, *_empty_where_needed((bias, logit_scale), needed, q)
 
 
-_implement("windowed_sdpa", _windowed_sdpa, _windowed_sdpa_fake, _windowed_sdpa_autograd, _windowed_sdpa_setup_context)
-_implement("windowed_sdpa_backward", _windowed_sdpa_backward, _windowed_sdpa_backward_fake, _no_second_derivative)
+windowed_sdpa = _implement(
+    "windowed_sdpa",
+    _windowed_sdpa,
+    _windowed_sdpa_fake,
+    _windowed_sdpa_autograd,
+    _windowed_sdpa_setup_context,
+    num_activations=3,
+)
+windowed_sdpa_backward = _implement(
+    "windowed_sdpa_backward", _windowed_sdpa_backward, _windowed_sdpa_backward_fake, _no_second_derivative
+)
 
 
 # ------------------------------------------------------------------------------------ relative_position_bias
@@ -306,49 +385,28 @@ def _relative_position_bias_setup_context(ctx, inputs, output):
 
 
 def _relative_position_bias_autograd(ctx, dbias):
-    return torch.ops.timm_flashwin.relative_position_bias_backward(dbias, ctx.window_size), None
+    return relative_position_bias_backward(dbias, ctx.window_size), None
 
 
 def _relative_position_bias_double_autograd(ctx, ddtable):
     """The two operators are linear, and one is the other's transpose."""
-    return torch.ops.timm_flashwin.relative_position_bias(ddtable, ctx.window_size), None
+    return relative_position_bias(ddtable, ctx.window_size), None
 
 
-_implement(
+relative_position_bias = _implement(
     "relative_position_bias",
     _relative_position_bias,
     _relative_position_bias_fake,
     _relative_position_bias_autograd,
     _relative_position_bias_setup_context,
 )
-_implement(
+relative_position_bias_backward = _implement(
     "relative_position_bias_backward",
     _relative_position_bias_backward,
     _relative_position_bias_backward_fake,
     _relative_position_bias_double_autograd,
     _relative_position_bias_setup_context,
 )
-
-
-# -------------------------------------------------------------------------------------------------- autocast
-
-
-def _autocast(op, num_activations: int):
-    """Activations run in autocast's dtype, as timm's matmuls do; the bias keeps its own, since logits are float32."""
-
-    def kernel(*args):
-        device_type = args[0].device.type
-        dtype = autocast_dtype(device_type)
-        cast = [x.to(dtype) if x.dtype != torch.float64 else x for x in args[:num_activations]]
-        with torch.autocast(device_type, enabled=False):
-            return op(*cast, *args[num_activations:])
-
-    return kernel
-
-
-for _key in ("AutocastCUDA", "AutocastCPU"):
-    _library.impl("window_attention", _autocast(torch.ops.timm_flashwin.window_attention, 1), _key)
-    _library.impl("windowed_sdpa", _autocast(torch.ops.timm_flashwin.windowed_sdpa, 3), _key)
 
 
 # ------------------------------------------------------------------------------------------------ FLOP counts

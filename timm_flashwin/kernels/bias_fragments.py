@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..geometry import cdiv
+from .launcher import launch
 from .scale import load_scale
 
 _BLOCK = 2048  # elements a program writes
@@ -61,10 +63,10 @@ def launch_bias_fragments(
     """
     num_heads, N, _ = bias.shape
     fragments = bias.new_empty(num_heads, extent // STRIP, extent // 8, 4, 128, dtype=acc_dtype)
-    grid = triton.cdiv(extent * extent, _BLOCK), num_heads
-    bias_fragments_kernel[grid](
-        bias.contiguous(), bias if logit_scale is None else logit_scale, fragments, N, scale,
-        EXTENT=extent, BLOCK=_BLOCK, COSINE=logit_scale is not None,
+    arguments = dict(
+        bias_ptr=bias.contiguous(), logit_scale_ptr=bias if logit_scale is None else logit_scale,
+        fragments_ptr=fragments, N=N, scale=scale, EXTENT=extent, BLOCK=_BLOCK, COSINE=logit_scale is not None,
         ACC=tl.float64 if acc_dtype == torch.float64 else tl.float32, num_warps=4,
     )  # fmt: skip
+    launch(bias_fragments_kernel, (cdiv(extent * extent, _BLOCK), num_heads, 1), arguments)
     return fragments

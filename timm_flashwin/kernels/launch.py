@@ -1,17 +1,17 @@
-"""The only functions that launch a kernel: its grid, its arguments, and what becomes of its partial sums."""
+"""What a call of the attention launches: each kernel's grid, its arguments, and what becomes of its partial sums."""
 
 import functools
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
-from ..geometry import num_windows, shift_cut
+from ..geometry import cdiv, num_windows, shift_cut
 from . import ONE_TILE_AREA, needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
 from .bias_fragments import STRIP, launch_bias_fragments
 from .forward import forward_kernel, forward_tiled_kernel
+from .launcher import launch
 from .scale import MAX_LOGIT_SCALE
 from .settings import INTERPRETED as INTERPRETED
 from .settings import Settings, block_d, settings_for
@@ -109,7 +109,7 @@ class Call(NamedTuple):
     def bias_fragments(self, *settings: Settings) -> dict:
         """The bias as the kernels that walk over tiles take it, wide enough for the tiles of each of the `settings`."""
         tile = max(STRIP, *(max(s.block_m, s.block_n) for s in settings))
-        extent = triton.cdiv(self.window_area, tile) * tile
+        extent = cdiv(self.window_area, tile) * tile
         bias = self.q
         if self.bias is not None:
             bias = launch_bias_fragments(self.bias, self.scale, self.logit_scale, self.acc_dtype, extent)
@@ -120,12 +120,12 @@ class Call(NamedTuple):
         programs = _multiprocessors(self.q.device) * settings.programs_per_sm
         return max(1, min(self.num_windows, programs // pinned))
 
-    def placed_grid(self, pinned: int, settings: Settings) -> tuple[tuple[int], dict]:
+    def placed_grid(self, pinned: int, settings: Settings) -> tuple[tuple[int, int, int], dict]:
         """(grid, what `placed_program` takes) for `pinned` programs a share, counting from multiprocessor to
         multiprocessor."""
         shares, multiprocessors = self.shares(pinned, settings), _multiprocessors(self.q.device)
-        layers = triton.cdiv(pinned * shares, multiprocessors)
-        return (multiprocessors * layers,), dict(shares=shares, multiprocessors=multiprocessors)
+        layers = cdiv(pinned * shares, multiprocessors)
+        return (multiprocessors * layers, 1, 1), dict(shares=shares, multiprocessors=multiprocessors)
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -157,10 +157,10 @@ def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) ->
         **settings.options(call.q.device), SAVE_STATS=stats is not None,
     )  # fmt: skip
     if one_tile:
-        forward_kernel[(num_heads, call.shares(num_heads, settings))](**arguments)
+        launch(forward_kernel, (num_heads, call.shares(num_heads, settings), 1), arguments)
     else:
-        grid, placed = call.placed_grid(num_heads * triton.cdiv(call.window_area, settings.block_m), settings)
-        forward_tiled_kernel[grid](**arguments | call.bias_fragments(settings), **placed)
+        grid, placed = call.placed_grid(num_heads * cdiv(call.window_area, settings.block_m), settings)
+        launch(forward_tiled_kernel, grid, arguments | call.bias_fragments(settings) | placed)
 
 
 def launch_backward(
@@ -212,11 +212,12 @@ def _launch_one_tile_backward(
     dbias = call.partial_sums(need_dbias, shares, num_heads, N, N)
     dpad = call.partial_sums(need_dpad, shares, 2, num_heads * head_dim)
     dlogit_scale = call.partial_sums(need_dlogit_scale, shares, num_heads)
-    backward_kernel[(num_heads, shares)](
+    arguments = dict(
         **shared, **grads, dbias_ptr=dbias, dpad_ptr=dpad, dlogit_scale_ptr=dlogit_scale,
         NEED_DBIAS=need_dbias, NEED_DPAD=need_dpad, NEED_DLOGIT_SCALE=need_dlogit_scale,
         **settings.options(call.q.device),
     )  # fmt: skip
+    launch(backward_kernel, (num_heads, shares, 1), arguments)
     return dbias, dpad, dlogit_scale
 
 
@@ -228,28 +229,31 @@ def _launch_tiled_backward(
     N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
     settings, dkdv_settings, dbias_settings = (call.settings(f"backward_{name}") for name in ("dq", "dkdv", "dbias"))
     shared = shared | call.bias_fragments(settings, dkdv_settings, dbias_settings)
-    query_tiles = triton.cdiv(N, settings.block_m)
+    query_tiles = cdiv(N, settings.block_m)
     grid, placed = call.placed_grid(num_heads * query_tiles, settings)
     dlogit_scale = call.partial_sums(need_dlogit_scale, query_tiles * placed["shares"], num_heads)
-    backward_dq_kernel[grid](
+    arguments = dict(
         **shared, out_ptr=out, dq_ptr=grads["dq_ptr"], grad_stride=grads["grad_stride"], **placed,
         dlogit_scale_ptr=dlogit_scale, NEED_DLOGIT_SCALE=need_dlogit_scale, **settings.options(call.q.device),
     )  # fmt: skip
+    launch(backward_dq_kernel, grid, arguments)
 
     settings = dkdv_settings
-    key_tiles = triton.cdiv(N, settings.block_n)
+    key_tiles = cdiv(N, settings.block_n)
     grid, placed = call.placed_grid(num_heads * key_tiles, settings)
     dpad = call.partial_sums(need_dpad, key_tiles * placed["shares"], 2, num_heads * head_dim)
-    backward_dkdv_kernel[grid](
+    arguments = dict(
         **shared, dk_ptr=grads["dk_ptr"], dv_ptr=grads["dv_ptr"], grad_stride=grads["grad_stride"], **placed,
         dpad_ptr=dpad, NEED_DPAD=need_dpad, **settings.options(call.q.device),
     )  # fmt: skip
+    launch(backward_dkdv_kernel, grid, arguments)
     if not need_dbias:
         return None, dpad, dlogit_scale
 
     settings = dbias_settings
-    pinned = num_heads * triton.cdiv(N, settings.block_m) * triton.cdiv(N, settings.block_n)
+    pinned = num_heads * cdiv(N, settings.block_m) * cdiv(N, settings.block_n)
     shares = call.shares(pinned, settings)
     dbias = call.partial_sums(True, shares, num_heads, N, N)
-    backward_dbias_kernel[(pinned, shares)](**shared, dbias_ptr=dbias, **settings.options(call.q.device))
+    arguments = dict(**shared, dbias_ptr=dbias, **settings.options(call.q.device))
+    launch(backward_dbias_kernel, (pinned, shares, 1), arguments)
     return dbias, dpad, dlogit_scale

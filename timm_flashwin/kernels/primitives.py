@@ -249,7 +249,7 @@ def tile_scores(
     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WINDOW_AREA: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """The logits divided by the scale, q @ k^T + (bias + mask) / scale [m, n], from a `bias_tile` that is so already."""
+    """The logits divided by the scale, q @ k^T + (bias + mask) / scale [m, n]; the `bias_tile` is so already."""
     scores = tl.dot(q, tl.trans(k), acc=bias_tile, input_precision=PRECISION, out_dtype=ACC)
     if HAS_MASK:
         scores += load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC, WINDOW_AREA) / scale

@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..geometry import cdiv
+from .launcher import launch
+
 _TILE = 2048  # elements a program has in flight: 16 a thread, and several such programs fill a multiprocessor
 _MAX_BLOCK_HEADS = 32
 
@@ -74,10 +77,12 @@ def launch_relative_position_bias(table: torch.Tensor, bias: torch.Tensor, windo
     num_heads, N, _ = bias.shape
     block_heads = min(triton.next_power_of_2(num_heads), _MAX_BLOCK_HEADS)
     block_pairs = _TILE // block_heads
-    relative_position_bias_kernel[(triton.cdiv(N * N, block_pairs), triton.cdiv(num_heads, block_heads))](
-        table, bias, num_heads, WINDOW_H=window_size[0], WINDOW_W=window_size[1],
+    grid = cdiv(N * N, block_pairs), cdiv(num_heads, block_heads), 1
+    arguments = dict(
+        table_ptr=table, bias_ptr=bias, num_heads=num_heads, WINDOW_H=window_size[0], WINDOW_W=window_size[1],
         BLOCK_PAIRS=block_pairs, BLOCK_HEADS=block_heads, num_warps=4,
     )  # fmt: skip
+    launch(relative_position_bias_kernel, grid, arguments)
 
 
 def launch_relative_position_bias_backward(
@@ -87,7 +92,8 @@ def launch_relative_position_bias_backward(
     num_heads, N, _ = dbias.shape
     block_n = triton.next_power_of_2(2 * window_size[1] - 1)
     block_m = min(triton.next_power_of_2(N), max(1, _TILE // block_n))
-    relative_position_bias_backward_kernel[(num_heads, 2 * window_size[0] - 1)](
-        dbias, dtable, num_heads, WINDOW_H=window_size[0], WINDOW_W=window_size[1], BLOCK_M=block_m, BLOCK_N=block_n,
-        ACC=tl.float64 if dbias.dtype == torch.float64 else tl.float32, num_warps=4,
+    arguments = dict(
+        dbias_ptr=dbias, dtable_ptr=dtable, num_heads=num_heads, WINDOW_H=window_size[0], WINDOW_W=window_size[1],
+        BLOCK_M=block_m, BLOCK_N=block_n, ACC=tl.float64 if dbias.dtype == torch.float64 else tl.float32, num_warps=4,
     )  # fmt: skip
+    launch(relative_position_bias_backward_kernel, (num_heads, 2 * window_size[0] - 1, 1), arguments)

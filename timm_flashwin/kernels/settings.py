@@ -61,6 +61,7 @@ _MEASURED_NARROW = {
 }
 
 
+@functools.cache
 def settings_for(
     kernel: str, window_area: int, head_dim: int, dtype: torch.dtype, cosine: bool, device: torch.device
 ) -> Settings:  # fmt: skip
@@ -86,6 +87,7 @@ def settings_for(
     return _tiled_backward(token_bytes, device)
 
 
+@functools.cache
 def block_d(head_dim: int) -> int:
     """Channels of a tile: a power of two, and what a tensor core takes at least."""
     return max(16, triton.next_power_of_2(head_dim))

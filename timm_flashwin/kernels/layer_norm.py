@@ -1,0 +1,147 @@
+"""Layer normalisation with the residual add before it: both results in one pass over the rows, and one pass back.
+
+PyTorch's own normalisation is far from the speed of memory at the widths of a Swin's blocks, takes a pass of its own for
+the add, and under autocast another one for the cast to what the next Linear takes. Mean and variance are taken in
+float32 (float64 for float64), twice over the row in registers; nothing is saved for the backward but the sum itself,
+which the next block needs anyway.
+
+Shapes stand at the end of the line: m is rows (tokens) of a tile, c channels.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ..geometry import cdiv
+from .launcher import launch
+from .settings import INTERPRETED
+
+_TILE = 2048  # elements a program works on at a time: 16 a thread
+_PROGRAMS_PER_SM = 8  # in the backward, each with a partial sum of the gradients of weight and bias
+
+
+@triton.jit
+def add_layer_norm_kernel(
+    x_ptr, y_ptr, y_scale_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, rows, rows_per_sample, eps,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, HAS_Y: tl.constexpr, HAS_Y_SCALE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Grid: (cdiv(rows, BLOCK_M),)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # m
+    channels = tl.arange(0, BLOCK_C)  # c
+    inside = (row < rows)[:, None] & (channels < C)[None, :]  # m c
+    offsets = row[:, None] * C + channels[None, :]  # m c
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(ACC)
+    if HAS_Y:
+        y = tl.load(y_ptr + offsets, mask=inside, other=0.0)
+        if HAS_Y_SCALE:
+            y = scaled(y, y_scale_ptr, row, rows, rows_per_sample, ACC)
+        # Rounded as if it had been stored and read again: what is normalised is the sum that the next block sees.
+        total = (x + y.to(ACC)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + offsets, total, mask=inside)
+        x = total.to(ACC)
+    normed, _ = normalise(x, inside, eps, C)  # m c
+    weight = tl.load(weight_ptr + channels, mask=channels < C, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + channels, mask=channels < C, other=0.0).to(ACC)
+    out = normed * weight[None, :] + bias[None, :]
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_layer_norm_backward_kernel(
+    dsum_ptr, dout_ptr, sum_ptr, y_scale_ptr, weight_ptr, dx_ptr, dy_ptr, dweight_ptr, dbias_ptr,
+    rows, rows_per_sample, eps,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_DSUM: tl.constexpr, HAS_Y: tl.constexpr, HAS_Y_SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Grid: (programs,); each takes one tile of rows after the other, and leaves [C] of dweight and dbias."""
+    channels = tl.arange(0, BLOCK_C)  # c
+    weight = tl.load(weight_ptr + channels, mask=channels < C, other=0.0).to(ACC)
+    dweight = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)  # m c
+    dbias = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)  # m c
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # m
+        inside = (row < rows)[:, None] & (channels < C)[None, :]  # m c
+        offsets = row[:, None] * C + channels[None, :]  # m c
+        x = tl.load(sum_ptr + offsets, mask=inside, other=0.0).to(ACC)
+        dout = tl.load(dout_ptr + offsets, mask=inside, other=0.0).to(ACC)
+        normed, inverse_deviation = normalise(x, inside, eps, C)
+        dweight += dout * normed
+        dbias += dout
+        dnormed = dout * weight[None, :]
+        along = tl.sum(dnormed * normed, axis=1) / C  # m
+        mean = tl.sum(dnormed, axis=1) / C  # m
+        dx = (dnormed - mean[:, None] - normed * along[:, None]) * inverse_deviation[:, None]
+        if HAS_DSUM:
+            dx += tl.load(dsum_ptr + offsets, mask=inside, other=0.0).to(ACC)
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if HAS_Y:
+            dy = dx.to(dy_ptr.dtype.element_ty)
+            if HAS_Y_SCALE:
+                dy = scaled(dy, y_scale_ptr, row, rows, rows_per_sample, ACC)
+            tl.store(dy_ptr + offsets, dy, mask=inside)
+    at = tl.program_id(0) * C + channels
+    tl.store(dweight_ptr + at, tl.sum(dweight, axis=0), mask=channels < C)
+    tl.store(dbias_ptr + at, tl.sum(dbias, axis=0), mask=channels < C)
+
+
+@triton.jit
+def normalise(x, inside, eps, C: tl.constexpr):
+    """The rows of `x` [m, c] with mean 0 and variance 1, and the inverse of the deviation they had: [m]."""
+    mean = tl.sum(x, axis=1) / C  # m
+    centred = tl.where(inside, x - mean[:, None], 0.0)  # m c
+    inverse_deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)  # m
+    return centred * inverse_deviation[:, None], inverse_deviation
+
+
+@triton.jit
+def scaled(y, y_scale_ptr, row, rows, rows_per_sample, ACC: tl.constexpr):
+    """The rows of `y` [m, c] times the factor of the sample they belong to, rounded to the dtype of `y`."""
+    factor = tl.load(y_scale_ptr + row // rows_per_sample, mask=row < rows, other=0.0).to(ACC)  # m
+    return (y.to(ACC) * factor[:, None]).to(y.dtype)
+
+
+@functools.cache
+def _blocks(C: int) -> tuple[int, int, int]:
+    """(rows of a tile, its channels, warps)."""
+    block_c = triton.next_power_of_2(C)
+    return max(1, _TILE // block_c), block_c, 4 if block_c <= 2 * _TILE else 8
+
+
+def _acc(dtype: torch.dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def launch_add_layer_norm(x, y, y_scale, weight, bias, total, out, eps: float) -> None:
+    """Fill `total` (x + y * y_scale, where there is a `y`) and `out`, its normalisation; all contiguous, [B, ..., C]."""
+    C = x.shape[-1]
+    rows = x.numel() // C
+    block_m, block_c, warps = _blocks(C)
+    arguments = dict(
+        x_ptr=x, y_ptr=x if y is None else y, y_scale_ptr=x if y_scale is None else y_scale, weight_ptr=weight,
+        bias_ptr=bias, sum_ptr=x if y is None else total, out_ptr=out, rows=rows, rows_per_sample=rows // x.shape[0],
+        eps=eps, C=C, BLOCK_M=block_m, BLOCK_C=block_c, HAS_Y=y is not None, HAS_Y_SCALE=y_scale is not None,
+        ACC=_acc(x.dtype), num_warps=warps,
+    )  # fmt: skip
+    launch(add_layer_norm_kernel, (cdiv(rows, block_m), 1, 1), arguments)
+
+
+def launch_add_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps: float):
+    """Fill `dx` and, if given, `dy`; return the gradients of weight and bias [C] in float32 (float64 for float64)."""
+    C = total.shape[-1]
+    rows = total.numel() // C
+    block_m, block_c, warps = _blocks(C)
+    multiprocessors = 1 if INTERPRETED else torch.cuda.get_device_properties(total.device).multi_processor_count
+    programs = min(cdiv(rows, block_m), _PROGRAMS_PER_SM * multiprocessors)
+    partial = total.new_empty(2, programs, C, dtype=torch.promote_types(total.dtype, torch.float32))
+    arguments = dict(
+        dsum_ptr=dout if dtotal is None else dtotal, dout_ptr=dout, sum_ptr=total,
+        y_scale_ptr=total if y_scale is None else y_scale, weight_ptr=weight, dx_ptr=dx, dy_ptr=dx if dy is None else dy,
+        dweight_ptr=partial[0], dbias_ptr=partial[1], rows=rows, rows_per_sample=rows // total.shape[0], eps=eps,
+        C=C, BLOCK_M=block_m, BLOCK_C=block_c, HAS_DSUM=dtotal is not None, HAS_Y=dy is not None,
+        HAS_Y_SCALE=y_scale is not None, ACC=_acc(total.dtype), num_warps=warps,
+    )  # fmt: skip
+    launch(add_layer_norm_backward_kernel, (programs, 1, 1), arguments)
+    return partial.sum(dim=1).unbind(0)
