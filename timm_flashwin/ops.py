@@ -3,8 +3,8 @@
 Triton is imported on the first launch.
 
 `timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows,
-`timm_flashwin::relative_position_bias` makes the bias of both; each has a `_backward` beside it. They take what
-`functional` has validated.
+`timm_flashwin::relative_position_bias` makes the bias of both, and `timm_flashwin::add_layer_norm` is what stands
+between the two branches of a block; each has a `_backward` beside it. They take what their callers have validated.
 """
 
 import contextlib
@@ -39,6 +39,14 @@ _library.define(
 )
 _library.define("relative_position_bias(Tensor table, int[2] window_size) -> Tensor")
 _library.define("relative_position_bias_backward(Tensor dbias, int[2] window_size) -> Tensor")
+_library.define(
+    "add_layer_norm(Tensor x, Tensor? y, Tensor? y_scale, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
+    "-> (Tensor, Tensor)"
+)
+_library.define(
+    "add_layer_norm_backward(Tensor? dsum, Tensor dout, Tensor sum, Tensor? y_scale, Tensor weight, Tensor bias, "
+    "float eps, ScalarType? y_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 _WAY_OUT = 'use impl="reference", by timm_flashwin.accelerate(model, impl="reference") for a model'
 
@@ -72,7 +80,7 @@ def _implement(name: str, kernel, fake, backward=None, setup_context=None, num_a
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("window attention has no second derivative in Triton; " + _WAY_OUT)
+    raise RuntimeError("the kernels of timm_flashwin have no second derivative; " + _WAY_OUT)
 
 
 def _launch():
@@ -406,6 +414,75 @@ relative_position_bias_backward = _implement(
     _relative_position_bias_backward_fake,
     _relative_position_bias_double_autograd,
     _relative_position_bias_setup_context,
+)
+
+
+# ------------------------------------------------------------------------------------------- add_layer_norm
+
+
+def _add_layer_norm(x, y, y_scale, weight, bias, eps, dtype):
+    from .kernels.layer_norm import launch_add_layer_norm
+
+    total, out = _add_layer_norm_fake(x, y, y_scale, weight, bias, eps, dtype)
+    if out.numel():
+        contiguous = (None if t is None else t.contiguous() for t in (x, y, y_scale, weight, bias))
+        with _device_guard(x):
+            launch_add_layer_norm(*contiguous, total, out, eps)
+    return total, out
+
+
+def _add_layer_norm_fake(x, y, y_scale, weight, bias, eps, dtype):
+    total = _none(x) if y is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
+    return total, x.new_empty(x.shape, dtype=dtype)
+
+
+def _add_layer_norm_setup_context(ctx, inputs, output):
+    x, y, y_scale, weight, bias, ctx.eps, _ = inputs
+    ctx.y_dtype = None if y is None else y.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if y is None else output[0], y_scale, weight, bias)
+
+
+def _add_layer_norm_autograd(ctx, dsum, dout):
+    if dout is None and dsum is None:
+        return (None,) * 7
+    total, *rest = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(total)
+    dx, dy, dweight, dbias = add_layer_norm_backward(dsum, dout, total, *rest, ctx.eps, ctx.y_dtype)
+    return dx, None if ctx.y_dtype is None else dy, None, dweight, dbias, None, None
+
+
+def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dtype):
+    from .kernels.layer_norm import launch_add_layer_norm_backward
+
+    dx, dy, dweight, dbias = _add_layer_norm_backward_fake(dsum, dout, total, y_scale, weight, bias, eps, y_dtype)
+    if not total.numel():
+        return dx, dy, dweight.zero_(), dbias.zero_()
+    dsum, dout, total, y_scale, scale = (
+        None if t is None else t.contiguous() for t in (dsum, dout, total, y_scale, weight)
+    )
+    with _device_guard(total):
+        sums = launch_add_layer_norm_backward(
+            dsum, dout, total, y_scale, scale, dx, None if y_dtype is None else dy, eps
+        )
+    return dx, dy, *(each.to(like.dtype) for each, like in zip(sums, (weight, bias), strict=True))
+
+
+def _add_layer_norm_backward_fake(dsum, dout, total, y_scale, weight, bias, eps, y_dtype):
+    dy = _none(total) if y_dtype is None else total.new_empty(total.shape, dtype=y_dtype)
+    return total.new_empty(total.shape), dy, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+add_layer_norm = _implement(
+    "add_layer_norm",
+    _add_layer_norm,
+    _add_layer_norm_fake,
+    _add_layer_norm_autograd,
+    _add_layer_norm_setup_context,
+)
+add_layer_norm_backward = _implement(
+    "add_layer_norm_backward", _add_layer_norm_backward, _add_layer_norm_backward_fake, _no_second_derivative
 )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..functional import relative_position_bias
 from .dispatch import FlashAttention, takes_map
+from .norms import add_layer_norm, fuses_norms, layer_norm
 
 
 class FlashWindowAttention(FlashAttention, WindowAttention):
@@ -40,7 +41,15 @@ class FlashWindowAttention(FlashAttention, WindowAttention):
 
 
 class FlashSwinTransformerBlock(SwinTransformerBlock):
-    """timm's `SwinTransformerBlock` without the roll, the padding, the partition and the mask tensor."""
+    """timm's `SwinTransformerBlock` without the roll, the padding, the partition and the mask tensor, and with its
+    norms, the residual add between them and their casts in one pass each."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not fuses_norms(self, x):
+            return super().forward(x)
+        attended = self._attn(layer_norm(self.norm1, x))  # B, H, W, C
+        x, normed = add_layer_norm(self.norm2, x, attended, self.drop_path1)
+        return x + self.drop_path2(self.mlp(normed.flatten(1, 2))).view(x.shape)
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):
