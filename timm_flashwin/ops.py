@@ -3,8 +3,9 @@
 Triton is imported on the first launch.
 
 `timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows,
-`timm_flashwin::relative_position_bias` makes the bias of both, and `timm_flashwin::add_layer_norm` is what stands
-between the two branches of a block; each has a `_backward` beside it. They take what their callers have validated.
+`timm_flashwin::relative_position_bias` makes the bias of both. `timm_flashwin::add_layer_norm` and
+`timm_flashwin::layer_norm_add` are the residual add with the norm after or before it. Each has a `_backward` beside it.
+They take what their callers have validated.
 """
 
 import contextlib
@@ -46,6 +47,14 @@ _library.define(
 _library.define(
     "add_layer_norm_backward(Tensor? dsum, Tensor dout, Tensor sum, Tensor? y_scale, Tensor weight, Tensor bias, "
     "float eps, ScalarType? y_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "layer_norm_add(Tensor x, Tensor y, Tensor? y_scale, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
+    "-> Tensor"
+)
+_library.define(
+    "layer_norm_add_backward(Tensor dout, Tensor y, Tensor? y_scale, Tensor weight, Tensor bias, float eps) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 _WAY_OUT = 'use impl="reference", by timm_flashwin.accelerate(model, impl="reference") for a model'
@@ -454,7 +463,7 @@ def _add_layer_norm_autograd(ctx, dsum, dout):
 
 
 def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dtype):
-    from .kernels.layer_norm import launch_add_layer_norm_backward
+    from .kernels.layer_norm import launch_layer_norm_backward
 
     dx, dy, dweight, dbias = _add_layer_norm_backward_fake(dsum, dout, total, y_scale, weight, bias, eps, y_dtype)
     if not total.numel():
@@ -463,9 +472,7 @@ def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dt
         None if t is None else t.contiguous() for t in (dsum, dout, total, y_scale, weight)
     )
     with _device_guard(total):
-        sums = launch_add_layer_norm_backward(
-            dsum, dout, total, y_scale, scale, dx, None if y_dtype is None else dy, eps
-        )
+        sums = launch_layer_norm_backward(dsum, dout, total, y_scale, scale, dx, None if y_dtype is None else dy, eps)
     return dx, dy, *(each.to(like.dtype) for each, like in zip(sums, (weight, bias), strict=True))
 
 
@@ -483,6 +490,59 @@ add_layer_norm = _implement(
 )
 add_layer_norm_backward = _implement(
     "add_layer_norm_backward", _add_layer_norm_backward, _add_layer_norm_backward_fake, _no_second_derivative
+)
+
+
+# ------------------------------------------------------------------------------------------- layer_norm_add
+
+
+def _layer_norm_add(x, y, y_scale, weight, bias, eps, dtype):
+    from .kernels.layer_norm import launch_layer_norm_add
+
+    out = _layer_norm_add_fake(x, y, y_scale, weight, bias, eps, dtype)
+    if out.numel():
+        contiguous = (None if t is None else t.contiguous() for t in (x, y, y_scale, weight, bias))
+        with _device_guard(x):
+            launch_layer_norm_add(*contiguous, out, eps, dtype)
+    return out
+
+
+def _layer_norm_add_fake(x, y, y_scale, weight, bias, eps, dtype):
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, dtype))
+
+
+def _layer_norm_add_setup_context(ctx, inputs, output):
+    x, y, y_scale, weight, bias, ctx.eps, _ = inputs
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(y, y_scale, weight, bias)
+
+
+def _layer_norm_add_autograd(ctx, dout):
+    dy, dweight, dbias = layer_norm_add_backward(dout, *ctx.saved_tensors, ctx.eps)
+    return dout.to(ctx.x_dtype), dy, None, dweight, dbias, None, None
+
+
+def _layer_norm_add_backward(dout, y, y_scale, weight, bias, eps):
+    from .kernels.layer_norm import launch_layer_norm_backward
+
+    dy, dweight, dbias = _layer_norm_add_backward_fake(dout, y, y_scale, weight, bias, eps)
+    if not y.numel():
+        return dy, dweight.zero_(), dbias.zero_()
+    dout, y, y_scale, scale = (None if t is None else t.contiguous() for t in (dout, y, y_scale, weight))
+    with _device_guard(y):
+        sums = launch_layer_norm_backward(None, dout, y, y_scale, scale, dy, None, eps)
+    return dy, *(each.to(like.dtype) for each, like in zip(sums, (weight, bias), strict=True))
+
+
+def _layer_norm_add_backward_fake(dout, y, y_scale, weight, bias, eps):
+    return y.new_empty(y.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+layer_norm_add = _implement(
+    "layer_norm_add", _layer_norm_add, _layer_norm_add_fake, _layer_norm_add_autograd, _layer_norm_add_setup_context
+)
+layer_norm_add_backward = _implement(
+    "layer_norm_add_backward", _layer_norm_add_backward, _layer_norm_add_backward_fake, _no_second_derivative
 )
 
 

@@ -1,9 +1,8 @@
-"""Layer normalisation with the residual add before it: both results in one pass over the rows, and one pass back.
+"""Layer normalisation with the residual add before it (Swin V1) or after it (V2): one pass over the rows, and one back.
 
-PyTorch's own normalisation is far from the speed of memory at the widths of a Swin's blocks, takes a pass of its own for
-the add, and under autocast another one for the cast to what the next Linear takes. Mean and variance are taken in
-float32 (float64 for float64), twice over the row in registers; nothing is saved for the backward but the sum itself,
-which the next block needs anyway.
+PyTorch's own normalisation is far from the speed of memory at the widths of a Swin's blocks, takes a pass of its own
+for the add, and under autocast others for casts. Mean and variance are taken in float32 (float64 for float64), twice
+over the row in registers; the backward takes them once more, from what was normalised.
 
 Shapes stand at the end of the line: m is rows (tokens) of a tile, c channels.
 """
@@ -50,13 +49,39 @@ def add_layer_norm_kernel(
 
 
 @triton.jit
-def add_layer_norm_backward_kernel(
+def layer_norm_add_kernel(
+    x_ptr, y_ptr, y_scale_ptr, weight_ptr, bias_ptr, out_ptr, rows, rows_per_sample, eps,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, HAS_Y_SCALE: tl.constexpr, NORMED: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """x + layer_norm(y), the latter rounded to `NORMED`. Grid: (cdiv(rows, BLOCK_M),)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # m
+    channels = tl.arange(0, BLOCK_C)  # c
+    inside = (row < rows)[:, None] & (channels < C)[None, :]  # m c
+    offsets = row[:, None] * C + channels[None, :]  # m c
+    y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(ACC)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(ACC)
+    normed, _ = normalise(y, inside, eps, C)
+    weight = tl.load(weight_ptr + channels, mask=channels < C, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + channels, mask=channels < C, other=0.0).to(ACC)
+    normed = (normed * weight[None, :] + bias[None, :]).to(NORMED)
+    if HAS_Y_SCALE:
+        normed = scaled(normed, y_scale_ptr, row, rows, rows_per_sample, ACC)
+    tl.store(out_ptr + offsets, (x + normed.to(ACC)).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def layer_norm_backward_kernel(
     dsum_ptr, dout_ptr, sum_ptr, y_scale_ptr, weight_ptr, dx_ptr, dy_ptr, dweight_ptr, dbias_ptr,
     rows, rows_per_sample, eps,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     HAS_DSUM: tl.constexpr, HAS_Y: tl.constexpr, HAS_Y_SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs,); each takes one tile of rows after the other, and leaves [C] of dweight and dbias."""
+    """The gradient `dx` of the `sum` that was normalised, of both summands where there is a `y`, and of weight and
+    bias. The scale of samples is that of `y`, or, without one, of what was made of the normalised rows.
+
+    Grid: (programs,); each takes one tile of rows after the other, and leaves [C] of dweight and dbias.
+    """
     channels = tl.arange(0, BLOCK_C)  # c
     weight = tl.load(weight_ptr + channels, mask=channels < C, other=0.0).to(ACC)
     dweight = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)  # m c
@@ -66,7 +91,10 @@ def add_layer_norm_backward_kernel(
         inside = (row < rows)[:, None] & (channels < C)[None, :]  # m c
         offsets = row[:, None] * C + channels[None, :]  # m c
         x = tl.load(sum_ptr + offsets, mask=inside, other=0.0).to(ACC)
-        dout = tl.load(dout_ptr + offsets, mask=inside, other=0.0).to(ACC)
+        dout = tl.load(dout_ptr + offsets, mask=inside, other=0.0)
+        if HAS_Y_SCALE and not HAS_Y:
+            dout = scaled(dout, y_scale_ptr, row, rows, rows_per_sample, ACC)
+        dout = dout.to(ACC)
         normed, inverse_deviation = normalise(x, inside, eps, C)
         dweight += dout * normed
         dbias += dout
@@ -110,12 +138,20 @@ def _blocks(C: int) -> tuple[int, int, int]:
     return max(1, _TILE // block_c), block_c, 4 if block_c <= 2 * _TILE else 8
 
 
+_TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
 def _acc(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def launch_add_layer_norm(x, y, y_scale, weight, bias, total, out, eps: float) -> None:
-    """Fill `total` (x + y * y_scale, where there is a `y`) and `out`, its normalisation; all contiguous, [B, ..., C]."""
+    """Fill `total` (x + y * y_scale, where there is a `y`) and `out`, its layer norm; all contiguous, [B, ..., C]."""
     C = x.shape[-1]
     rows = x.numel() // C
     block_m, block_c, warps = _blocks(C)
@@ -128,8 +164,24 @@ def launch_add_layer_norm(x, y, y_scale, weight, bias, total, out, eps: float) -
     launch(add_layer_norm_kernel, (cdiv(rows, block_m), 1, 1), arguments)
 
 
-def launch_add_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps: float):
-    """Fill `dx` and, if given, `dy`; return the gradients of weight and bias [C] in float32 (float64 for float64)."""
+def launch_layer_norm_add(x, y, y_scale, weight, bias, out, eps: float, normed_dtype: torch.dtype) -> None:
+    """Fill `out` with x + layer_norm(y) * y_scale, the norm rounded to `normed_dtype`; all contiguous, [B, ..., C]."""
+    C = x.shape[-1]
+    rows = x.numel() // C
+    block_m, block_c, warps = _blocks(C)
+    arguments = dict(
+        x_ptr=x, y_ptr=y, y_scale_ptr=x if y_scale is None else y_scale, weight_ptr=weight, bias_ptr=bias, out_ptr=out,
+        rows=rows, rows_per_sample=rows // x.shape[0], eps=eps, C=C, BLOCK_M=block_m, BLOCK_C=block_c,
+        HAS_Y_SCALE=y_scale is not None, NORMED=_TRITON_DTYPES[normed_dtype], ACC=_acc(y.dtype), num_warps=warps,
+    )  # fmt: skip
+    launch(layer_norm_add_kernel, (cdiv(rows, block_m), 1, 1), arguments)
+
+
+def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps: float):
+    """Fill `dx` and, if given, `dy`; return the gradients of weight and bias, [C] in float32 (float64 for float64).
+
+    `total` is what was normalised; `dtotal` its gradient from elsewhere, or None.
+    """
     C = total.shape[-1]
     rows = total.numel() // C
     block_m, block_c, warps = _blocks(C)
@@ -138,10 +190,11 @@ def launch_add_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy,
     partial = total.new_empty(2, programs, C, dtype=torch.promote_types(total.dtype, torch.float32))
     arguments = dict(
         dsum_ptr=dout if dtotal is None else dtotal, dout_ptr=dout, sum_ptr=total,
-        y_scale_ptr=total if y_scale is None else y_scale, weight_ptr=weight, dx_ptr=dx, dy_ptr=dx if dy is None else dy,
+        y_scale_ptr=total if y_scale is None else y_scale, weight_ptr=weight,
+        dx_ptr=dx, dy_ptr=dx if dy is None else dy,
         dweight_ptr=partial[0], dbias_ptr=partial[1], rows=rows, rows_per_sample=rows // total.shape[0], eps=eps,
         C=C, BLOCK_M=block_m, BLOCK_C=block_c, HAS_DSUM=dtotal is not None, HAS_Y=dy is not None,
         HAS_Y_SCALE=y_scale is not None, ACC=_acc(total.dtype), num_warps=warps,
     )  # fmt: skip
-    launch(add_layer_norm_backward_kernel, (programs, 1, 1), arguments)
+    launch(layer_norm_backward_kernel, (programs, 1, 1), arguments)
     return partial.sum(dim=1).unbind(0)

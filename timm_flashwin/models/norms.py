@@ -11,16 +11,18 @@ _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 
 
 def fuses_norms(block: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels take the norms of `block` for the map `x`: where they take its attention, in eager code, and
-    its norms and stochastic depth are timm's. What a compiler sees it fuses by itself, and better.
+    """Whether the kernels take the norms of `block` for the map `x`: where they take its attention, in eager code
+    without transforms, and its norms and stochastic depth are timm's. What a compiler sees it fuses by itself, and better.
     """
     return (
         not torch.compiler.is_compiling()
+        and not ops.transforms_are_on()
         and takes_map(block.attn, x)
+        and block.attn.impl != "reference"
         and _is_plain_norm(block.norm1)
         and _is_plain_norm(block.norm2)
-        and type(block.drop_path1) in (DropPath, nn.Identity)
-        and not is_hooked(block.drop_path1)
+        and _is_plain_drop_path(block.drop_path1)
+        and _is_plain_drop_path(block.drop_path2)
     )
 
 
@@ -31,10 +33,26 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> tuple[Tensor, Tensor]:
     """`total = x + drop_path(y)` and `norm(total)`, the latter in the dtype in which a Linear takes it."""
-    y_scale = None
+    scale = _sample_scale(drop_path, y)
+    return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, _linear_dtype(x))
+
+
+def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> Tensor:
+    """`x + drop_path(norm(y))`."""
+    # Autocast runs norms in float32.
+    dtype = y.dtype if ops.autocast_dtype(y.device.type) is None else torch.promote_types(y.dtype, torch.float32)
+    return ops.layer_norm_add(x, y, _sample_scale(drop_path, y), norm.weight, norm.bias, norm.eps, dtype)
+
+
+def _sample_scale(drop_path: nn.Module, y: Tensor) -> Tensor | None:
+    """What `drop_path` would multiply the samples of `y` by, drawn as it draws: [B], or None for nothing."""
     if isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob > 0.0:
-        y_scale = drop_path(y.new_ones(y.shape[0]))  # B: what it would multiply the samples of y by
-    return ops.add_layer_norm(x, y, y_scale, norm.weight, norm.bias, norm.eps, _linear_dtype(x))
+        return drop_path(y.new_ones(y.shape[0]))
+    return None
+
+
+def _is_plain_drop_path(drop_path: nn.Module) -> bool:
+    return type(drop_path) in (DropPath, nn.Identity) and not is_hooked(drop_path)
 
 
 def _is_plain_norm(norm: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..functional import relative_position_bias
 from .dispatch import FlashAttention, takes_map
+from .norms import fuses_norms, layer_norm_add
 
 
 class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
@@ -51,7 +52,15 @@ class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
 
 
 class FlashSwinTransformerV2Block(SwinTransformerV2Block):
-    """timm's `SwinTransformerV2Block` without the roll, the padding, the partition and the mask tensor."""
+    """timm's `SwinTransformerV2Block` without the roll, the padding, the partition and the mask tensor, and with each
+    norm and the residual add after it in one pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not fuses_norms(self, x):
+            return super().forward(x)
+        x = layer_norm_add(self.norm1, x, self._attn(x), self.drop_path1)
+        tokens = x.flatten(1, 2)  # B, H * W, C
+        return layer_norm_add(self.norm2, tokens, self.mlp(tokens), self.drop_path2).view(x.shape)
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..functional import relative_position_bias
 from .dispatch import FlashAttention, drops, is_hooked, takes_map
+from .norms import fuses_norms, layer_norm_add
 
 _ROW_BY_ROW = (Mlp, nn.Linear, nn.ReLU, nn.Dropout, nn.Identity)  # the modules of timm's meta_mlp
 
@@ -60,7 +61,15 @@ class FlashSwinV2CrWindowAttention(FlashAttention, WindowMultiHeadAttention):
 
 
 class FlashSwinTransformerV2CrBlock(SwinTransformerV2CrBlock):
-    """timm's `SwinTransformerV2CrBlock` without the roll, the padding, the partition and the mask tensor."""
+    """timm's `SwinTransformerV2CrBlock` without the roll, the padding, the partition and the mask tensor, and with each
+    norm and the residual add after it in one pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not fuses_norms(self, x):
+            return super().forward(x)
+        x = layer_norm_add(self.norm1, x, self._shifted_window_attn(x), self.drop_path1)
+        tokens = x.flatten(1, 2)  # B, H * W, C
+        return self.norm3(layer_norm_add(self.norm2, tokens, self.mlp(tokens), self.drop_path2)).view(x.shape)
 
     def _shifted_window_attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):
