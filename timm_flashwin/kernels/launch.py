@@ -1,6 +1,5 @@
 """What a call of the attention launches: each kernel's grid, its arguments, and what becomes of its partial sums."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -14,14 +13,7 @@ from .forward import forward_kernel, forward_tiled_kernel
 from .launcher import launch
 from .scale import MAX_LOGIT_SCALE
 from .settings import INTERPRETED as INTERPRETED
-from .settings import Settings, block_d, settings_for
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+from .settings import Settings, block_d, multiprocessors_of, settings_for
 
 
 class Call(NamedTuple):
@@ -117,13 +109,13 @@ class Call(NamedTuple):
 
     def shares(self, pinned: int, settings: Settings) -> int:
         """Into how many shares the windows are cut, where each takes `pinned` programs: all of them are one wave."""
-        programs = _multiprocessors(self.q.device) * settings.programs_per_sm
+        programs = multiprocessors_of(self.q.device) * settings.programs_per_sm
         return max(1, min(self.num_windows, programs // pinned))
 
     def placed_grid(self, pinned: int, settings: Settings) -> tuple[tuple[int, int, int], dict]:
         """(grid, what `placed_program` takes) for `pinned` programs a share, counting from multiprocessor to
         multiprocessor."""
-        shares, multiprocessors = self.shares(pinned, settings), _multiprocessors(self.q.device)
+        shares, multiprocessors = self.shares(pinned, settings), multiprocessors_of(self.q.device)
         layers = cdiv(pinned * shares, multiprocessors)
         return (multiprocessors * layers, 1, 1), dict(shares=shares, multiprocessors=multiprocessors)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..geometry import cdiv
 from .launcher import launch
-from .settings import INTERPRETED
+from .settings import multiprocessors_of
 
 _TILE = 2048  # elements a program works on at a time: 16 a thread
 _PROGRAMS_PER_SM = 8  # in the backward, each with a partial sum of the gradients of weight and bias
@@ -185,8 +185,7 @@ def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps
     C = total.shape[-1]
     rows = total.numel() // C
     block_m, block_c, warps = _blocks(C)
-    multiprocessors = 1 if INTERPRETED else torch.cuda.get_device_properties(total.device).multi_processor_count
-    programs = min(cdiv(rows, block_m), _PROGRAMS_PER_SM * multiprocessors)
+    programs = min(cdiv(rows, block_m), _PROGRAMS_PER_SM * multiprocessors_of(total.device))
     partial = total.new_empty(2, programs, C, dtype=torch.promote_types(total.dtype, torch.float32))
     arguments = dict(
         dsum_ptr=dout if dtotal is None else dtotal, dout_ptr=dout, sum_ptr=total,

@@ -146,3 +146,10 @@ def _has_wgmma(device: torch.device) -> bool:
 def target_arch(device: torch.device) -> int | str:
     """What Triton compiles for: 90 for sm_90, "gfx942" for that; 0 in the interpreter."""
     return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

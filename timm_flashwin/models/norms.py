@@ -11,8 +11,10 @@ _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 
 
 def fuses_norms(block: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels take the norms of `block` for the map `x`: where they take its attention, in eager code
-    without transforms, and its norms and stochastic depth are timm's. What a compiler sees it fuses by itself, and better.
+    """Whether the kernels take the norms of `block` for the map `x`.
+
+    They do where they take its attention, in eager code without transforms, and where its norms and stochastic depth
+    are timm's. What a compiler sees it fuses by itself, and better.
     """
     return (
         not torch.compiler.is_compiling()
