@@ -15,7 +15,7 @@ number). Categories:
   patch_convolution  the convolution of the patch embedding.
   attention          a block's way from the normed map and back, but for its Linears: the flashwin operators, or roll,
                      padding, partition, products, bias, mask, softmax, casts, and the way back.
-  norms              layer norms.
+  norms              layer norms; with flashwin's also the residual add and the casts that are part of them.
   activations        GELU.
   residual_adds      the adds after the two branches, stochastic depth, dropout; in the backward the sums of the
                      gradients that meet where the branches part.
@@ -122,6 +122,8 @@ DECISIVE = {
     "aten::mm": "linears",
     "aten::convolution": "patch_convolution",
     "aten::native_layer_norm": "norms",
+    "timm_flashwin::add_layer_norm": "norms",
+    "timm_flashwin::layer_norm_add": "norms",
     "aten::gelu": "activations",
     "aten::dropout": "residual_adds",
     "aten::mean": "pooling_and_loss",
