@@ -136,6 +136,7 @@ COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone", "aten::contiguous", "a
 PLAIN = {
     **dict.fromkeys(COPIES, "copies"),
     **dict.fromkeys((*ADDS, "aten::mul", "aten::div_", "aten::bernoulli_"), "residual_adds"),
+    **dict.fromkeys(("aten::new_ones", "aten::fill_"), "residual_adds"),  # what stochastic depth is asked to scale
     "aten::layer_norm": "norms",  # around the decisive ones, and around autocast's casts in front of them
     "aten::conv2d": "patch_convolution",
 }
@@ -150,6 +151,7 @@ VIEWS = (
     "aten::new_empty",
     "aten::pad",
     "aten::permute",
+    "aten::promote_types",
     "aten::reshape",
     "aten::view",
     "detach",

@@ -47,9 +47,9 @@ class FlashSwinTransformerBlock(SwinTransformerBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
-        attended = self._attn(layer_norm(self.norm1, x))  # B, H, W, C
-        x, normed = add_layer_norm(self.norm2, x, attended, self.drop_path1)
-        return x + self.drop_path2(self.mlp(normed.flatten(1, 2))).view(x.shape)
+        x, *normed = add_layer_norm(self.norm2, x, self._attn(layer_norm(self.norm1, x)), self.drop_path1)
+        # Popped: a name for it here would hold its memory until the block is done.
+        return x + self.drop_path2(self.mlp(normed.pop().flatten(1, 2))).view(x.shape)
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):
