@@ -55,11 +55,12 @@ def test_twins_differ_in_the_attention_and_around_the_norms_alone(profile_model,
         assert profiles[-1].ms.keys() == set(profile_model.CATEGORIES) - {"other", "gaps"}
     stock, ours = (profile.launches for profile in profiles)
     assert ours.pop("attention") < stock.pop("attention")
-    if kernel_device == "cuda":  # cuBLAS chooses how many kernels make a product
-        stock.pop("linears"), ours.pop("linears")
+    stock.pop("linears"), ours.pop("linears")  # cuBLAS chooses how many kernels make a product
     fused = [(ours.pop(name), stock.pop(name)) for name in ("norms", "residual_adds", "copies")]
-    if kernel_device == "cuda":  # in the interpreter a kernel is a thousand operators
+    if kernel_device == "cuda":
         assert sum(our for our, _ in fused) < sum(theirs for _, theirs in fused)
+    else:  # what is counted are operators: a thousand a kernel in the interpreter, and views around the adds
+        stock.pop("pooling_and_loss"), ours.pop("pooling_and_loss")
     assert ours == stock
 
 
