@@ -6,6 +6,7 @@ import torch
 from conftest import KERNEL_DEVICE
 from judge import relative_error
 from pairs import make_pair
+from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional as F
 
@@ -92,6 +93,18 @@ def test_stochastic_depth_drops_what_timms_drops(arch, ieee):
         torch.manual_seed(1)
         outs.append(model(x))
     assert relative_error(outs[1], outs[0]) < 1e-4
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["add, then norm", "norm, then add"])
+def test_under_autocast_samples_are_scaled_in_the_dtype_in_which_timm_scales_them(norm_first):
+    norm, drop_path = nn.LayerNorm(96, device=KERNEL_DEVICE), DropPath(0.1).train()  # 1 / 0.9 is another number in half
+    x, y = torch.randn(8, 6, 96, device=KERNEL_DEVICE), torch.randn(8, 6, 96, device=KERNEL_DEVICE, dtype=HALF)
+    with torch.autocast(KERNEL_DEVICE, HALF):
+        torch.manual_seed(0)
+        expected = x + drop_path(norm(y.float()) if norm_first else y)  # float32 as on a GPU, where autocast sees to it
+        torch.manual_seed(0)
+        ours = (norms.layer_norm_add if norm_first else norms.add_layer_norm)(norm, x, y, drop_path)
+    torch.testing.assert_close(ours if norm_first else ours[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def make_block():

@@ -35,7 +35,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> tuple[Tensor, Tensor]:
     """`total = x + drop_path(y)` and `norm(total)`, the latter in the dtype in which a Linear takes it."""
-    scale = _sample_scale(drop_path, y)
+    scale = _sample_scale(drop_path, y, y.dtype)
     return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, _linear_dtype(x))
 
 
@@ -43,13 +43,13 @@ def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Modul
     """`x + drop_path(norm(y))`."""
     # Autocast runs norms in float32.
     dtype = y.dtype if ops.autocast_dtype(y.device.type) is None else torch.promote_types(y.dtype, torch.float32)
-    return ops.layer_norm_add(x, y, _sample_scale(drop_path, y), norm.weight, norm.bias, norm.eps, dtype)
+    return ops.layer_norm_add(x, y, _sample_scale(drop_path, y, dtype), norm.weight, norm.bias, norm.eps, dtype)
 
 
-def _sample_scale(drop_path: nn.Module, y: Tensor) -> Tensor | None:
-    """What `drop_path` would multiply the samples of `y` by, drawn as it draws: [B], or None for nothing."""
+def _sample_scale(drop_path: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What `drop_path` would multiply the samples of `y` in `dtype` by, drawn as it draws: [B], or None for nothing."""
     if isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob > 0.0:
-        return drop_path(y.new_ones(y.shape[0]))
+        return drop_path(y.new_ones(y.shape[0], dtype=dtype))
     return None
 
 
