@@ -130,6 +130,18 @@ def test_scale_0_leaves_the_bias_alone(window_size, kernel_device):
     torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3)  # TF32 at its worst
 
 
+@pytest.mark.parametrize("window_size", [4, 9], ids=["one tile", "several tiles"])
+@pytest.mark.parametrize("of", [lambda t: t[::2], lambda t: t[:1].expand(2)], ids=["every other one", "one for all"])
+def test_a_logit_scale_of_any_stride_is_read_in_its_order(of, window_size, kernel_device):
+    qkv, bias = make_map(device=kernel_device), torch.randn(2, window_size**2, window_size**2, device=kernel_device)
+    logit_scale = of(torch.tensor([0.1, 3.0, 2.0], device=kernel_device))
+    ours, reference = (
+        window_attention(qkv, 2, window_size, bias=bias, logit_scale=logit_scale, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours, reference, rtol=1e-2, atol=1e-2)  # TF32 at its worst
+
+
 def test_reference_takes_an_empty_batch():
     assert window_attention(torch.zeros(0, 8, 8, 96), 2, 4, 2).shape == (0, 8, 8, 32)
     assert windowed_sdpa(*(torch.zeros(0, 2, 16, 16),) * 3, mask=torch.zeros(2, 16, 16)).shape == (0, 2, 16, 16)

@@ -121,6 +121,9 @@ LEFT_ALONE = {
     "a norm of somebody's own": lambda block: setattr(block, "norm1", nn.GroupNorm(1, 16)),
     "a norm without weights": lambda block: setattr(block, "norm2", nn.LayerNorm(16, elementwise_affine=False)),
     "a hook on a norm": lambda block: block.norm2.register_forward_hook(lambda *_: None),
+    "a norm over more than the channels": lambda block: setattr(block, "norm1", nn.LayerNorm((14, 14, 16))),
+    "a backward hook on a norm": lambda block: block.norm1.register_full_backward_hook(lambda *_: None),
+    "a forward of somebody's own": lambda block: setattr(block.norm2, "forward", block.norm2.forward),
     "a hook on stochastic depth": lambda block: block.drop_path1.register_forward_hook(lambda *_: None),
     "timm's fast norm": lambda block: setattr(block.norm1, "_fast_norm", True),
     "the reference": lambda block: accelerate(block, impl="reference"),
@@ -132,3 +135,19 @@ def test_a_block_that_is_not_timms_keeps_timms_code(change):
     block, x = make_block()
     change(block)
     assert not norms.fuses_norms(block, x)
+
+
+@pytest.mark.skipif(KERNEL_DEVICE == "cuda", reason="float64 runs in the kernels in the interpreter alone")
+def test_under_autocast_float64_stays_float64():
+    block, x = make_block()
+    with torch.autocast(KERNEL_DEVICE, HALF):
+        assert block.double()(x.double()).dtype == torch.float64
+
+
+def test_where_the_kernels_cannot_run_a_block_says_so():
+    block, _ = make_block()
+    x = torch.randn(
+        1, 14, 14, 16, device=KERNEL_DEVICE, dtype=torch.float64 if KERNEL_DEVICE == "cuda" else torch.bfloat16
+    )
+    with pytest.raises(ValueError, match='impl="triton" cannot run here'):
+        block.to(x.dtype)(x)

@@ -101,9 +101,9 @@ def window_attention(
     head_dim = qkv.shape[-1] // (3 * num_heads)
     scale = _checked_scale(scale, logit_scale, qkv, num_heads, head_dim)
 
-    if _use_kernels(impl, qkv.device, _compute_dtype(qkv), head_dim, window_area):
+    if _use_kernels(impl, qkv.device, compute_dtype(qkv), head_dim, window_area):
         needs_grad = _needs_grad(qkv, bias, pad_qkv, logit_scale)
-        save_stats = needs_grad and needs_stats(window_area, head_dim, _compute_dtype(qkv))
+        save_stats = needs_grad and needs_stats(window_area, head_dim, compute_dtype(qkv))
         return ops.window_attention(
             qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale, save_stats
         )[0]
@@ -159,9 +159,9 @@ def windowed_sdpa(
             raise ValueError("mask requires a gradient, but gets none; detach it, or pass what is trained as bias")
     scale = _checked_scale(scale, logit_scale, q, num_heads, head_dim)
 
-    if _use_kernels(impl, q.device, _compute_dtype(q), head_dim, N):
+    if _use_kernels(impl, q.device, compute_dtype(q), head_dim, N):
         needs_grad = _needs_grad(q, k, v, bias, logit_scale)
-        save_stats = needs_grad and needs_stats(N, head_dim, _compute_dtype(q))
+        save_stats = needs_grad and needs_stats(N, head_dim, compute_dtype(q))
         return ops.windowed_sdpa(q, k, v, bias, mask, logit_scale, scale, save_stats)[0]
     (q, k, v), context = _under_autocast(q, k, v)
     with context:
@@ -259,7 +259,7 @@ def _use_kernels(
         raise ValueError(f"impl is {impl!r}; allowed are {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "reference":
         return False
-    choose = fallback_reason if impl == "auto" else _refusal
+    choose = fallback_reason if impl == "auto" else refusal
     reason = choose(device, dtype, head_dim, window_area)
     if reason is None:
         return True
@@ -273,10 +273,10 @@ def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int | No
     """Why `impl="auto"` takes plain PyTorch for such a call, in words for the user; None where it takes the kernels."""
     if device.type == "cpu":  # Triton's interpreter, which impl="triton" may use, is for tests
         return "the tensors are on the CPU, and the kernels run on GPUs"
-    return _refusal(device, dtype, head_dim, window_area)
+    return refusal(device, dtype, head_dim, window_area)
 
 
-def _refusal(device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int) -> str | None:
     """Why the kernels cannot serve such a call; None where they can."""
     if transforms_are_on():
         return (
@@ -342,7 +342,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype `x` is worked on in: its own, or autocast's."""
     autocast = autocast_dtype(x.device.type)
     return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
@@ -350,5 +350,5 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _under_autocast(*activations: Tensor):
     """What the operators do under autocast, for the reference: (activations in its dtype, a context without it)."""
-    dtype = _compute_dtype(activations[0])
+    dtype = compute_dtype(activations[0])
     return [x.to(dtype) for x in activations], torch.autocast(activations[0].device.type, enabled=False)

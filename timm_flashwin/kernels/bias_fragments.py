@@ -64,7 +64,7 @@ def launch_bias_fragments(
     num_heads, N, _ = bias.shape
     fragments = bias.new_empty(num_heads, extent // STRIP, extent // 8, 4, 128, dtype=acc_dtype)
     arguments = dict(
-        bias_ptr=bias.contiguous(), logit_scale_ptr=bias if logit_scale is None else logit_scale,
+        bias_ptr=bias.contiguous(), logit_scale_ptr=bias if logit_scale is None else logit_scale.contiguous(),
         fragments_ptr=fragments, N=N, scale=scale, EXTENT=extent, BLOCK=_BLOCK, COSINE=logit_scale is not None,
         ACC=tl.float64 if acc_dtype == torch.float64 else tl.float32, num_warps=4,
     )  # fmt: skip

@@ -196,4 +196,4 @@ def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps
         HAS_Y_SCALE=y_scale is not None, ACC=_acc(total.dtype), num_warps=warps,
     )  # fmt: skip
     launch(layer_norm_backward_kernel, (programs, 1, 1), arguments)
-    return partial.sum(dim=1).unbind(0)
+    return partial[0].sum(dim=0), partial[1].sum(dim=0)

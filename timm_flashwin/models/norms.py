@@ -5,6 +5,7 @@ from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 
 from .. import ops
+from ..functional import compute_dtype, refusal
 from .dispatch import is_hooked, takes_map
 
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
@@ -18,11 +19,11 @@ def fuses_norms(block: nn.Module, x: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not ops.transforms_are_on()
         and takes_map(block.attn, x)
         and block.attn.impl != "reference"
-        and _is_plain_norm(block.norm1)
-        and _is_plain_norm(block.norm2)
+        and refusal(x.device, compute_dtype(x), block.attn.head_dim, block.attn.num_tokens) is None
+        and _is_plain_norm(block.norm1, x.shape[-1])
+        and _is_plain_norm(block.norm2, x.shape[-1])
         and _is_plain_drop_path(block.drop_path1)
         and _is_plain_drop_path(block.drop_path2)
     )
@@ -30,19 +31,19 @@ def fuses_norms(block: nn.Module, x: Tensor) -> bool:
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """`norm(x)` in the dtype in which a Linear takes it: autocast's, or that of `x`."""
-    return ops.add_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, _linear_dtype(x))[1]
+    return ops.add_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, compute_dtype(x))[1]
 
 
 def add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> tuple[Tensor, Tensor]:
     """`total = x + drop_path(y)` and `norm(total)`, the latter in the dtype in which a Linear takes it."""
     scale = _sample_scale(drop_path, y, y.dtype)
-    return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, _linear_dtype(x))
+    return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, compute_dtype(x))
 
 
 def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> Tensor:
     """`x + drop_path(norm(y))`."""
-    # Autocast runs norms in float32.
-    dtype = y.dtype if ops.autocast_dtype(y.device.type) is None else torch.promote_types(y.dtype, torch.float32)
+    autocast = ops.autocast_dtype(y.device.type) is not None
+    dtype = torch.promote_types(y.dtype, torch.float32) if autocast else y.dtype  # autocast runs norms in float32
     return ops.layer_norm_add(x, y, _sample_scale(drop_path, y, dtype), norm.weight, norm.bias, norm.eps, dtype)
 
 
@@ -54,18 +55,21 @@ def _sample_scale(drop_path: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _is_plain_drop_path(drop_path: nn.Module) -> bool:
-    return type(drop_path) in (DropPath, nn.Identity) and not is_hooked(drop_path)
+    return type(drop_path) in (DropPath, nn.Identity) and _is_untouched(drop_path)
 
 
-def _is_plain_norm(norm: nn.Module) -> bool:
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether nobody could tell that `module` is not called: no hook, and no `forward` of the instance's own."""
+    backward_hooks = module._backward_hooks or module._backward_pre_hooks
+    return not (is_hooked(module) or backward_hooks or "forward" in module.__dict__)
+
+
+def _is_plain_norm(norm: nn.Module, channels: int) -> bool:
     return (
         type(norm) in _LAYER_NORMS
+        and norm.normalized_shape == (channels,)
         and norm.weight is not None
         and norm.bias is not None
         and not getattr(norm, "_fast_norm", False)  # which rounds before it normalises
-        and not is_hooked(norm)
+        and _is_untouched(norm)
     )
-
-
-def _linear_dtype(x: Tensor) -> torch.dtype:
-    return ops.autocast_dtype(x.device.type) or x.dtype
