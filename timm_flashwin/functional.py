@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops, reference
 from .geometry import to_pair
 from .kernels import needs_stats
-from .ops import autocast_dtype, transforms_are_on
+from .ops import compute_dtype, transforms_are_on
 
 _logger = logging.getLogger("timm_flashwin")
 
@@ -340,12 +340,6 @@ def _import_error() -> str | None:
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype `x` is worked on in: its own, or autocast's."""
-    autocast = autocast_dtype(x.device.type)
-    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
 
 
 def _under_autocast(*activations: Tensor):

@@ -74,7 +74,7 @@ def _implement(name: str, kernel, fake, backward=None, setup_context=None, num_a
 
     torch.library.register_autograd(
         f"timm_flashwin::{name}", without_tangents, setup_context=setup_context, lib=_library
-    )  # fmt: skip
+    )
     operator = _Operator(name, num_activations, kernel, without_tangents, setup_context)
     if num_activations:
 
@@ -101,6 +101,12 @@ def _launch():
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this kind of device, None where autocast is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype `x` is worked on in: its own, or autocast's."""
+    autocast = autocast_dtype(x.device.type)
+    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
 
 
 @torch.compiler.assume_constant_result  # torch.compile guards on both by itself
@@ -136,11 +142,10 @@ class _Operator:
     def __call__(self, *inputs):
         if torch.compiler.is_compiling() or _is_watched(inputs):
             return self._dispatched(*inputs)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            if self._function is None:
-                return self._dispatched(*inputs)
-            return self._function.apply(*_in_autocasts_dtype(inputs, self._num_activations))
-        return self._kernel(*_in_autocasts_dtype(inputs, self._num_activations))
+        inputs = _in_autocasts_dtype(inputs, self._num_activations)
+        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return self._kernel(*inputs)
+        return (self._function.apply if self._function else self._dispatched)(*inputs)
 
 
 def _is_watched(inputs) -> bool:
@@ -162,11 +167,7 @@ def _is_plain(x: Tensor) -> bool:
 
 def _in_autocasts_dtype(inputs, num_activations: int):
     """The activations, which come first, as timm's matmuls run them; the bias keeps its dtype: logits are float32."""
-    dtype = autocast_dtype(inputs[0].device.type) if num_activations else None
-    if dtype is None:
-        return inputs
-    cast = [x.to(dtype) if x.dtype != torch.float64 else x for x in inputs[:num_activations]]
-    return *cast, *inputs[num_activations:]
+    return *(x.to(compute_dtype(x)) for x in inputs[:num_activations]), *inputs[num_activations:]
 
 
 def _acc_dtype(x: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import cdiv
-from .launcher import launch
+from .launcher import acc_type, launch
 from .scale import load_scale
 
 _BLOCK = 2048  # elements a program writes
@@ -66,7 +66,7 @@ def launch_bias_fragments(
     arguments = dict(
         bias_ptr=bias.contiguous(), logit_scale_ptr=bias if logit_scale is None else logit_scale.contiguous(),
         fragments_ptr=fragments, N=N, scale=scale, EXTENT=extent, BLOCK=_BLOCK, COSINE=logit_scale is not None,
-        ACC=tl.float64 if acc_dtype == torch.float64 else tl.float32, num_warps=4,
+        ACC=acc_type(acc_dtype), num_warps=4,
     )  # fmt: skip
     launch(bias_fragments_kernel, (cdiv(extent * extent, _BLOCK), num_heads, 1), arguments)
     return fragments

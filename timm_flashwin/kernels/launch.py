@@ -10,7 +10,7 @@ from . import ONE_TILE_AREA, needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
 from .bias_fragments import STRIP, launch_bias_fragments
 from .forward import forward_kernel, forward_tiled_kernel
-from .launcher import launch
+from .launcher import acc_type, launch
 from .scale import MAX_LOGIT_SCALE
 from .settings import INTERPRETED as INTERPRETED
 from .settings import Settings, block_d, multiprocessors_of, settings_for
@@ -94,7 +94,7 @@ class Call(NamedTuple):
             HEAD_DIM=head_dim, WINDOW_H=self.window_size[0], WINDOW_W=self.window_size[1], BLOCK_D=block_d(head_dim),
             HAS_BIAS=self.bias is not None, HAS_MASK=self.mask is not None, HAS_PAD=self.has_pad,
             IS_SHIFTED=any(self.shift_size), COSINE=self.cosine,
-            ACC=tl.float64 if self.q.dtype == torch.float64 else tl.float32, PRECISION=dot_precision(self.q.dtype),
+            ACC=acc_type(self.q.dtype), PRECISION=dot_precision(self.q.dtype),
             OFFSET=tl.int32 if image_extent < 2**31 else tl.int64,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import torch
 import triton
+import triton.language as tl
 
 _MAX_KNOWN = 4096  # arguments of every size that comes up are remembered: a bound for who never sees one twice
 # Older launchers take other arguments than the newer ones, and always go the long way.
@@ -31,3 +32,8 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict) -> None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
         _known[key] = compiled
+
+
+def acc_type(dtype: torch.dtype) -> tl.dtype:
+    """What a kernel takes sums of `dtype` in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32

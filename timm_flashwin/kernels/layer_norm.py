@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import cdiv
-from .launcher import launch
+from .launcher import acc_type, launch
 from .settings import multiprocessors_of
 
 _TILE = 2048  # elements a program works on at a time: 16 a thread
@@ -28,10 +28,7 @@ def add_layer_norm_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid: (cdiv(rows, BLOCK_M),)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # m
-    channels = tl.arange(0, BLOCK_C)  # c
-    inside = (row < rows)[:, None] & (channels < C)[None, :]  # m c
-    offsets = row[:, None] * C + channels[None, :]  # m c
+    row, inside, offsets = locate_rows(tl.program_id(0), rows, C, BLOCK_M, BLOCK_C)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(ACC)
     if HAS_Y:
         y = tl.load(y_ptr + offsets, mask=inside, other=0.0)
@@ -42,9 +39,7 @@ def add_layer_norm_kernel(
         tl.store(sum_ptr + offsets, total, mask=inside)
         x = total.to(ACC)
     normed, _ = normalise(x, inside, eps, C)  # m c
-    weight = tl.load(weight_ptr + channels, mask=channels < C, other=0.0).to(ACC)
-    bias = tl.load(bias_ptr + channels, mask=channels < C, other=0.0).to(ACC)
-    out = normed * weight[None, :] + bias[None, :]
+    out = weighted(normed, weight_ptr, bias_ptr, C, BLOCK_C, ACC)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -55,16 +50,11 @@ def layer_norm_add_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """x + layer_norm(y), the latter rounded to `NORMED`. Grid: (cdiv(rows, BLOCK_M),)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # m
-    channels = tl.arange(0, BLOCK_C)  # c
-    inside = (row < rows)[:, None] & (channels < C)[None, :]  # m c
-    offsets = row[:, None] * C + channels[None, :]  # m c
+    row, inside, offsets = locate_rows(tl.program_id(0), rows, C, BLOCK_M, BLOCK_C)
     y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(ACC)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(ACC)
     normed, _ = normalise(y, inside, eps, C)
-    weight = tl.load(weight_ptr + channels, mask=channels < C, other=0.0).to(ACC)
-    bias = tl.load(bias_ptr + channels, mask=channels < C, other=0.0).to(ACC)
-    normed = (normed * weight[None, :] + bias[None, :]).to(NORMED)
+    normed = weighted(normed, weight_ptr, bias_ptr, C, BLOCK_C, ACC).to(NORMED)
     if HAS_Y_SCALE:
         normed = scaled(normed, y_scale_ptr, row, rows, rows_per_sample, ACC)
     tl.store(out_ptr + offsets, (x + normed.to(ACC)).to(out_ptr.dtype.element_ty), mask=inside)
@@ -87,9 +77,7 @@ def layer_norm_backward_kernel(
     dweight = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)  # m c
     dbias = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)  # m c
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # m
-        inside = (row < rows)[:, None] & (channels < C)[None, :]  # m c
-        offsets = row[:, None] * C + channels[None, :]  # m c
+        row, inside, offsets = locate_rows(tile, rows, C, BLOCK_M, BLOCK_C)
         x = tl.load(sum_ptr + offsets, mask=inside, other=0.0).to(ACC)
         dout = tl.load(dout_ptr + offsets, mask=inside, other=0.0)
         if HAS_Y_SCALE and not HAS_Y:
@@ -113,6 +101,24 @@ def layer_norm_backward_kernel(
     at = tl.program_id(0) * C + channels
     tl.store(dweight_ptr + at, tl.sum(dweight, axis=0), mask=channels < C)
     tl.store(dbias_ptr + at, tl.sum(dbias, axis=0), mask=channels < C)
+
+
+@triton.jit
+def locate_rows(tile, rows, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The rows of a tile [m], which elements there are [m, c], and their offsets [m, c]."""
+    row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # m
+    channels = tl.arange(0, BLOCK_C)  # c
+    inside = (row < rows)[:, None] & (channels < C)[None, :]  # m c
+    return row, inside, row[:, None] * C + channels[None, :]
+
+
+@triton.jit
+def weighted(normed, weight_ptr, bias_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """normed * weight + bias [m, c]."""
+    channels = tl.arange(0, BLOCK_C)  # c
+    weight = tl.load(weight_ptr + channels, mask=channels < C, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + channels, mask=channels < C, other=0.0).to(ACC)
+    return normed * weight[None, :] + bias[None, :]
 
 
 @triton.jit
@@ -146,10 +152,6 @@ _TRITON_DTYPES = {
 }
 
 
-def _acc(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def launch_add_layer_norm(x, y, y_scale, weight, bias, total, out, eps: float) -> None:
     """Fill `total` (x + y * y_scale, where there is a `y`) and `out`, its layer norm; all contiguous, [B, ..., C]."""
     C = x.shape[-1]
@@ -159,7 +161,7 @@ def launch_add_layer_norm(x, y, y_scale, weight, bias, total, out, eps: float) -
         x_ptr=x, y_ptr=x if y is None else y, y_scale_ptr=x if y_scale is None else y_scale, weight_ptr=weight,
         bias_ptr=bias, sum_ptr=x if y is None else total, out_ptr=out, rows=rows, rows_per_sample=rows // x.shape[0],
         eps=eps, C=C, BLOCK_M=block_m, BLOCK_C=block_c, HAS_Y=y is not None, HAS_Y_SCALE=y_scale is not None,
-        ACC=_acc(x.dtype), num_warps=warps,
+        ACC=acc_type(x.dtype), num_warps=warps,
     )  # fmt: skip
     launch(add_layer_norm_kernel, (cdiv(rows, block_m), 1, 1), arguments)
 
@@ -172,7 +174,7 @@ def launch_layer_norm_add(x, y, y_scale, weight, bias, out, eps: float, normed_d
     arguments = dict(
         x_ptr=x, y_ptr=y, y_scale_ptr=x if y_scale is None else y_scale, weight_ptr=weight, bias_ptr=bias, out_ptr=out,
         rows=rows, rows_per_sample=rows // x.shape[0], eps=eps, C=C, BLOCK_M=block_m, BLOCK_C=block_c,
-        HAS_Y_SCALE=y_scale is not None, NORMED=_TRITON_DTYPES[normed_dtype], ACC=_acc(y.dtype), num_warps=warps,
+        HAS_Y_SCALE=y_scale is not None, NORMED=_TRITON_DTYPES[normed_dtype], ACC=acc_type(y.dtype), num_warps=warps,
     )  # fmt: skip
     launch(layer_norm_add_kernel, (cdiv(rows, block_m), 1, 1), arguments)
 
@@ -193,7 +195,7 @@ def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps
         dx_ptr=dx, dy_ptr=dx if dy is None else dy,
         dweight_ptr=partial[0], dbias_ptr=partial[1], rows=rows, rows_per_sample=rows // total.shape[0], eps=eps,
         C=C, BLOCK_M=block_m, BLOCK_C=block_c, HAS_DSUM=dtotal is not None, HAS_Y=dy is not None,
-        HAS_Y_SCALE=y_scale is not None, ACC=_acc(total.dtype), num_warps=warps,
+        HAS_Y_SCALE=y_scale is not None, ACC=acc_type(total.dtype), num_warps=warps,
     )  # fmt: skip
     launch(layer_norm_backward_kernel, (programs, 1, 1), arguments)
     return partial[0].sum(dim=0), partial[1].sum(dim=0)

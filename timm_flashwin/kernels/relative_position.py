@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import cdiv
-from .launcher import launch
+from .launcher import acc_type, launch
 
 _TILE = 2048  # elements a program has in flight: 16 a thread, and several such programs fill a multiprocessor
 _MAX_BLOCK_HEADS = 32
@@ -94,6 +94,6 @@ def launch_relative_position_bias_backward(
     block_m = min(triton.next_power_of_2(N), max(1, _TILE // block_n))
     arguments = dict(
         dbias_ptr=dbias, dtable_ptr=dtable, num_heads=num_heads, WINDOW_H=window_size[0], WINDOW_W=window_size[1],
-        BLOCK_M=block_m, BLOCK_N=block_n, ACC=tl.float64 if dbias.dtype == torch.float64 else tl.float32, num_warps=4,
+        BLOCK_M=block_m, BLOCK_N=block_n, ACC=acc_type(dbias.dtype), num_warps=4,
     )  # fmt: skip
     launch(relative_position_bias_backward_kernel, (num_heads, 2 * window_size[0] - 1, 1), arguments)

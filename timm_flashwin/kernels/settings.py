@@ -150,6 +150,7 @@ def target_arch(device: torch.device) -> int | str:
 
 @functools.cache
 def multiprocessors_of(device: torch.device) -> int:
+    """How many the GPU has; 1 elsewhere."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

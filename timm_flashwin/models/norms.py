@@ -1,11 +1,13 @@
 """The norms of a block, and the residual adds beside them, in one pass each."""
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 
 from .. import ops
-from ..functional import compute_dtype, refusal
+from ..functional import refusal
 from .dispatch import is_hooked, takes_map
 
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
@@ -21,7 +23,10 @@ def fuses_norms(block: nn.Module, x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and takes_map(block.attn, x)
         and block.attn.impl != "reference"
-        and refusal(x.device, compute_dtype(x), block.attn.head_dim, block.attn.num_tokens) is None
+        and (
+            block.attn.impl == "auto"
+            or refusal(x.device, ops.compute_dtype(x), block.attn.head_dim, block.attn.num_tokens) is None
+        )
         and _is_plain_norm(block.norm1, x.shape[-1])
         and _is_plain_norm(block.norm2, x.shape[-1])
         and _is_plain_drop_path(block.drop_path1)
@@ -31,13 +36,13 @@ def fuses_norms(block: nn.Module, x: Tensor) -> bool:
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """`norm(x)` in the dtype in which a Linear takes it: autocast's, or that of `x`."""
-    return ops.add_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, compute_dtype(x))[1]
+    return ops.add_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, ops.compute_dtype(x))[1]
 
 
 def add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> tuple[Tensor, Tensor]:
     """`total = x + drop_path(y)` and `norm(total)`, the latter in the dtype in which a Linear takes it."""
     scale = _sample_scale(drop_path, y, y.dtype)
-    return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, compute_dtype(x))
+    return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, ops.compute_dtype(x))
 
 
 def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> Tensor:
@@ -45,6 +50,13 @@ def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Modul
     autocast = ops.autocast_dtype(y.device.type) is not None
     dtype = torch.promote_types(y.dtype, torch.float32) if autocast else y.dtype  # autocast runs norms in float32
     return ops.layer_norm_add(x, y, _sample_scale(drop_path, y, dtype), norm.weight, norm.bias, norm.eps, dtype)
+
+
+def post_norm_branches(block: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """Both branches of a block of V2 or V2-CR, whose attention is `attend`: from the map [B, H, W, C] to tokens."""
+    x = layer_norm_add(block.norm1, x, attend(x), block.drop_path1)
+    tokens = x.flatten(1, 2)  # B, H * W, C
+    return layer_norm_add(block.norm2, tokens, block.mlp(tokens), block.drop_path2)
 
 
 def _sample_scale(drop_path: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor | None:

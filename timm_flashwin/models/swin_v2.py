@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..functional import relative_position_bias
 from .dispatch import FlashAttention, takes_map
-from .norms import fuses_norms, layer_norm_add
+from .norms import fuses_norms, post_norm_branches
 
 
 class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
@@ -58,9 +58,7 @@ class FlashSwinTransformerV2Block(SwinTransformerV2Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
-        x = layer_norm_add(self.norm1, x, self._attn(x), self.drop_path1)
-        tokens = x.flatten(1, 2)  # B, H * W, C
-        return layer_norm_add(self.norm2, tokens, self.mlp(tokens), self.drop_path2).view(x.shape)
+        return post_norm_branches(self, x, self._attn).view(x.shape)
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..functional import relative_position_bias
 from .dispatch import FlashAttention, drops, is_hooked, takes_map
-from .norms import fuses_norms, layer_norm_add
+from .norms import fuses_norms, post_norm_branches
 
 _ROW_BY_ROW = (Mlp, nn.Linear, nn.ReLU, nn.Dropout, nn.Identity)  # the modules of timm's meta_mlp
 
@@ -67,9 +67,7 @@ class FlashSwinTransformerV2CrBlock(SwinTransformerV2CrBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
-        x = layer_norm_add(self.norm1, x, self._shifted_window_attn(x), self.drop_path1)
-        tokens = x.flatten(1, 2)  # B, H * W, C
-        return self.norm3(layer_norm_add(self.norm2, tokens, self.mlp(tokens), self.drop_path2)).view(x.shape)
+        return self.norm3(post_norm_branches(self, x, self._shifted_window_attn)).view(x.shape)
 
     def _shifted_window_attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):
