@@ -190,6 +190,9 @@ def backward_dq_kernel(
     v_pad_ptr = k_pad_ptr + C
     scale = load_scale(scale, logit_scale_ptr, head, ACC, COSINE)
     dlogit_scale = tl.zeros([BLOCK_M], dtype=ACC)  # m
+    # The rows of dS add up to 0, but for the rounding of delta. dlogit_scale multiplies what is left by a row's mean
+    # cosine and adds up all rows: in float32 that would be most of its error, so it is taken out again.
+    CENTRED: tl.constexpr = NEED_DLOGIT_SCALE and q_ptr.dtype.element_ty == tl.float32
 
     first, last = share_of(num_positions * num_images, share, shares)
     for position in range(first // num_images, tl.cdiv(last, num_images)):
@@ -216,6 +219,8 @@ def backward_dq_kernel(
             tl.store(delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA), delta, mask=in_window)
 
             dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
+            surplus = tl.zeros([BLOCK_M], dtype=ACC)  # m
+            mean_k = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)  # m d
             for start in range(0, WINDOW_AREA, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)  # n
                 k_offsets, k_pixels, k_in_window, k_in_map = locate_tokens(
@@ -242,6 +247,11 @@ def backward_dq_kernel(
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
                 ds = as_operand(p * (dp - delta[:, None]), k.dtype, PRECISION)  # m n
                 dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
+                if CENTRED:
+                    surplus += tl.sum(ds.to(ACC), axis=1)
+                    mean_k += tl.dot(as_operand(p, k.dtype, PRECISION), k, input_precision=PRECISION, out_dtype=ACC)
+            if CENTRED:
+                dq -= mean_k * (surplus * inverse_sum)[:, None]
             dq, along = through_norm(dq * (inverse_sum * scale)[:, None], q, inverse_norm, ACC, COSINE)
             dlogit_scale += along
             store_tile(dq_ptr + pixels_at * grad_stride, dq, pixels * grad_stride, in_map, HEAD_DIM, BLOCK_D)

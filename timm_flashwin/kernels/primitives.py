@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_REST = tl.constexpr(1.925963033500643e-08)  # what float32 leaves of it
 MASK_VALUE = tl.constexpr(-100.0)  # geometry.MASK_VALUE
 NORM_EPS = tl.constexpr(1e-12)  # reference.NORM_EPS
-LOWEST_MASK = tl.constexpr(-1e30)
+LOWEST_MASK = tl.constexpr(-(2.0**100))  # a power of two: its multiples by LOG2E, rounded or not, are equal
 
 
 @triton.jit
