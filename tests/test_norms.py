@@ -28,6 +28,10 @@ def make_inputs(C, x_dtype, y_dtype, scales):
     return [t.requires_grad_() for t in (x, y, weight, bias)], scale
 
 
+def scaled(y, scale):
+    return y if scale is None else y * scale.double().view(-1, 1, 1, 1)
+
+
 def check(function, reference, inputs):
     """Outputs and gradients against float64; half precision may be a few roundings off."""
     outs = function(*inputs)
@@ -48,7 +52,7 @@ def test_the_sum_its_norm_and_every_gradient_are_exact(C, x_dtype, y_dtype, scal
     inputs, scale = make_inputs(C, x_dtype, y_dtype, scales)
 
     def reference(x, y, weight, bias):
-        total = x + (y if scale is None else y * scale.double().view(-1, 1, 1, 1))
+        total = x + scaled(y, scale)
         return total, F.layer_norm(total, (C,), weight, bias, 1e-5)
 
     check(lambda x, y, w, b: ops.add_layer_norm(x, y, scale, w, b, 1e-5, y_dtype), reference, inputs)
@@ -61,8 +65,7 @@ def test_the_sum_with_the_norm_and_every_gradient_are_exact(C, x_dtype, y_dtype,
     inputs, scale = make_inputs(C, x_dtype, y_dtype, scales)
 
     def reference(x, y, weight, bias):
-        normed = F.layer_norm(y, (C,), weight, bias, 1e-5)
-        return (x + (normed if scale is None else normed * scale.double().view(-1, 1, 1, 1)),)
+        return (x + scaled(F.layer_norm(y, (C,), weight, bias, 1e-5), scale),)
 
     check(lambda x, y, w, b: (ops.layer_norm_add(x, y, scale, w, b, 1e-5, x_dtype),), reference, inputs)
 
