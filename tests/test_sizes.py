@@ -118,8 +118,6 @@ def test_the_position_bias_of_heads_past_31_bits_is_right_to_its_last_head():
     assert torch.equal(bias[-2:], functional.relative_position_bias(table[:, -2:].clone(), 24, impl="reference"))
 
 
-# ------------------------------------------------------------------------------------- known to fail: see the reasons
-
 IN_A_PROCESS_OF_ITS_OWN = """
 import torch
 from timm_flashwin import windowed_sdpa
@@ -145,7 +143,6 @@ def test_one_window_past_31_bits_is_right_to_its_last_head(num_heads, head_dim, 
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="windows are counted in 32 bits (primitives.py, share_of): none is computed")
 def test_more_windows_than_31_bits_count_are_all_computed(poisoned):
     needs_memory(40)
     qkv = randn(1, 256, 256, 24).expand(PAST_31_BITS // 256**2 + 1, 256, 256, 24)

@@ -10,5 +10,5 @@ _ONE_TILE_TOKEN_BYTES = 256  # wider tokens (float32 at head_dim > 64) would tak
 
 
 def needs_stats(window_area: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the backward of such a window takes several kernels, which start from the forward's `stats` and `out`."""
+    """Whether such a window is cut into tiles: its backward then starts from the forward's `stats` and `out`."""
     return window_area > ONE_TILE_AREA or head_dim * dtype.itemsize > _ONE_TILE_TOKEN_BYTES

@@ -22,6 +22,7 @@ import triton.language as tl
 from .primitives import (
     as_operand,
     exp_from,
+    exp_from_score,
     here,
     load_bias_tile,
     load_stats,
@@ -29,6 +30,7 @@ from .primitives import (
     load_tiled_bias_tile,
     locate_tokens,
     placed_program,
+    places_in_step,
     query_key_operand,
     share_of,
     stats_offsets,
@@ -65,14 +67,14 @@ def backward_kernel(
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_w, num_positions, num_images, num_masks, num_heads, scale,
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
-    grad_stride,
+    grad_stride, groups,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
     COSINE: tl.constexpr, NEED_DBIAS: tl.constexpr, NEED_DPAD: tl.constexpr, NEED_DLOGIT_SCALE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Windows of one tile, BLOCK_M = BLOCK_N. Grid: (num_heads, programs that share the windows)."""
+    """Windows of one tile, BLOCK_M = BLOCK_N. Grid: (num_heads, programs in step)."""
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
     head = tl.program_id(0)
     program = tl.program_id(1)
@@ -94,19 +96,18 @@ def backward_kernel(
     dpad_k = tl.zeros([BLOCK_D], dtype=ACC)  # d
     dpad_v = tl.zeros([BLOCK_D], dtype=ACC)  # d
 
-    first, last = share_of(num_positions * num_images, program, tl.num_programs(1))
-    for position in range(first // num_images, tl.cdiv(last, num_images)):
+    first_position, first_image, step = places_in_step(program, tl.num_programs(1), groups)
+    for position in range(first_position, num_positions, groups):
         offsets, pixels, in_window, in_map = locate_tokens(
             position, tokens, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
         padded = (in_window & (in_map == 0))[:, None]  # n 1
         bias_tile = load_bias_tile(
-            bias_ptr, head, position,
+            bias_ptr, head, position * num_heads,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
             ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
         )  # fmt: skip
-        before = position * num_images
-        for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
+        for image in range(first_image, num_images, step):
             at = tl.cast(image, tl.int64) * stride_b
             pixels_at = tl.cast(image, tl.int64) * H * W
             q = load_tile(q_ptr + at, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
@@ -243,7 +244,7 @@ def backward_dq_kernel(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
                     ACC, PRECISION, WINDOW_AREA, HAS_MASK,
                 )  # fmt: skip
-                p = exp_from(scores, row_max, scale, q.dtype == tl.float32)  # m n, to be divided by the row's sum
+                p = exp_from_score(scores, row_max, scale)  # m n, to be divided by the row's sum
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
                 ds = as_operand(p * (dp - delta[:, None]), k.dtype, PRECISION)  # m n
                 dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
@@ -349,7 +350,7 @@ def backward_dkdv_kernel(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
                     ACC, PRECISION, WINDOW_AREA, HAS_MASK,
                 )  # fmt: skip
-                p = exp_from(scores, row_max, scale, q.dtype == tl.float32) * inverse_sum[:, None]  # m n
+                p = exp_from_score(scores, row_max, scale) * inverse_sum[:, None]  # m n
                 dv += tl.dot(tl.trans(as_operand(p, do.dtype, PRECISION)), do, input_precision=PRECISION, out_dtype=ACC)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
                 ds = as_operand(p * (dp - delta[:, None]), q.dtype, PRECISION)  # m n
@@ -409,7 +410,7 @@ def backward_dbias_kernel(
             position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
         bias_tile = load_tiled_bias_tile(
-            bias_ptr, here(row, position), here(col, position), scale,
+            bias_ptr, here(row, position * num_heads), here(col, position * num_heads), scale,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
             ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
         )  # m n  # fmt: skip
@@ -435,7 +436,7 @@ def backward_dbias_kernel(
             scores = tile_scores(
                 q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks, ACC, PRECISION, WINDOW_AREA, HAS_MASK
             )
-            p = exp_from(scores, row_max, scale, q.dtype == tl.float32)  # m n, to be divided by the row's sum
+            p = exp_from_score(scores, row_max, scale)  # m n, to be divided by the row's sum
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
             dbias += p * (dp * inverse_sum[:, None] - (delta * inverse_sum)[:, None])
     store_bias_partial(dbias_ptr, dbias, tl.program_id(1), head, num_heads, rows, cols, WINDOW_AREA)

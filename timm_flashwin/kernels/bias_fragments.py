@@ -25,9 +25,10 @@ def bias_fragments_kernel(
     bias_ptr, logit_scale_ptr, fragments_ptr, N, scale,
     EXTENT: tl.constexpr, BLOCK: tl.constexpr, COSINE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (cdiv(EXTENT * EXTENT, BLOCK), num_heads)."""
-    head = tl.program_id(1).to(tl.int64)
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Grid: (num_heads * cdiv(EXTENT * EXTENT, BLOCK),)."""
+    blocks: tl.constexpr = tl.cdiv(EXTENT * EXTENT, BLOCK)  # of a head
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    places = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     strip, warp, lane, element = places // 512, places // 128 % 4, places // 4 % 32, places % 4
     rows = strip // (EXTENT // 8) * 64 + warp * 16 + element // 2 * 8 + lane // 4
     cols = strip % (EXTENT // 8) * 8 + lane % 4 * 2 + element % 2
@@ -68,5 +69,5 @@ def launch_bias_fragments(
         fragments_ptr=fragments, N=N, scale=scale, EXTENT=extent, BLOCK=_BLOCK, COSINE=logit_scale is not None,
         ACC=acc_type(acc_dtype), num_warps=4,
     )  # fmt: skip
-    launch(bias_fragments_kernel, (cdiv(extent * extent, _BLOCK), num_heads, 1), arguments)
+    launch(bias_fragments_kernel, (num_heads * cdiv(extent * extent, _BLOCK), 1, 1), arguments)
     return fragments

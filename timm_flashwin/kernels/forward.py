@@ -4,8 +4,11 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    LOG2E,
+    add_apart,
     as_operand,
     exp_from,
+    exp_from_score,
     here,
     inverse_norm,
     load_bias_tile,
@@ -13,6 +16,7 @@ from .primitives import (
     load_tiled_bias_tile,
     locate_tokens,
     placed_program,
+    places_in_step,
     query_key_operand,
     share_of,
     store_stats,
@@ -26,18 +30,18 @@ from .scale import load_scale
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, logit_scale_ptr, out_ptr, stats_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, logit_scale_ptr, out_ptr,
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_w, num_positions, num_images, num_masks, num_heads, scale,
-    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
+    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col, groups,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
-    COSINE: tl.constexpr, SAVE_STATS: tl.constexpr,
+    COSINE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Windows of one tile, BLOCK_M = BLOCK_N. Grid: (num_heads, programs that share the windows); heads vary fastest,
-    so that neighbours in time share the cache lines of a token."""
+    """Windows of one tile, BLOCK_M = BLOCK_N. Grid: (num_heads, programs in step); heads vary fastest, so that
+    neighbours in time share the cache lines of a token."""
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
     head = tl.program_id(0)
     tokens = tl.arange(0, BLOCK_N)  # n
@@ -51,18 +55,17 @@ def forward_kernel(
     v_pad_ptr = k_pad_ptr + C
     scale = load_scale(scale, logit_scale_ptr, head, ACC, COSINE)
 
-    first, last = share_of(num_positions * num_images, tl.program_id(1), tl.num_programs(1))
-    for position in range(first // num_images, tl.cdiv(last, num_images)):
+    first_position, first_image, step = places_in_step(tl.program_id(1), tl.num_programs(1), groups)
+    for position in range(first_position, num_positions, groups):
         offsets, pixels, in_window, in_map = locate_tokens(
             position, tokens, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
-        before = position * num_images
         bias_tile = load_bias_tile(
-            bias_ptr, head, position,
+            bias_ptr, head, position * num_heads,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
             ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
         )  # fmt: skip
-        for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
+        for image in range(first_image, num_images, step):
             at = tl.cast(image, tl.int64) * stride_b
             q = load_tile(q_ptr + at, offsets, in_window, in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
             k = load_tile(k_ptr + at, offsets, in_window, in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
@@ -83,9 +86,6 @@ def forward_kernel(
             p = as_operand(p, v.dtype, PRECISION)
             out = tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC) * inverse_sum[:, None]  # n d
             store_tile(out_ptr + tl.cast(image, tl.int64) * H * W * C, out, pixels * C, in_map, HEAD_DIM, BLOCK_D)
-            if SAVE_STATS:
-                window = tl.cast(image, tl.int64) * num_positions + position
-                store_stats(stats_ptr, row_max, inverse_sum, window, head, tokens, num_heads, WINDOW_AREA)
 
 
 @triton.jit
@@ -157,15 +157,19 @@ def forward_tiled_kernel(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
                     ACC, PRECISION, WINDOW_AREA, HAS_MASK,
                 )  # fmt: skip
-                new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)  # m
+                new_max = tl.maximum(row_max, tl.max(scores, axis=1))  # m
                 # A row may have met nothing but -inf so far (an explicit mask): -inf - -inf must not become NaN yet.
                 origin = tl.where(new_max == float("-inf"), 0.0, new_max)  # m
-                p = exp_from(scores, origin, scale, q.dtype == tl.float32)  # m n
-                rescale = tl.exp(row_max - origin)  # m
+                p = exp_from_score(scores, origin, scale)  # m n
+                rescale = tl.exp2((row_max - origin) * (scale * LOG2E))  # m
                 row_max = new_max
                 row_sum = row_sum * rescale + tl.sum(p, axis=1)
                 p = as_operand(p, v.dtype, PRECISION)
-                out = out * rescale[:, None] + tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
+                if v.dtype == tl.float32:  # one long sum would be rounded more often than one a tile
+                    product = tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
+                    out = add_apart(product, out, rescale[:, None])
+                else:
+                    out = tl.dot(p, v, acc=out * rescale[:, None], input_precision=PRECISION, out_dtype=ACC)
             inverse_sum = 1.0 / row_sum  # m
             store_tile(
                 out_ptr + tl.cast(image, tl.int64) * H * W * C, out * inverse_sum[:, None], q_pixels * C, q_in_map,

@@ -6,14 +6,14 @@ import torch
 import triton.language as tl
 
 from ..geometry import cdiv, num_windows, shift_cut
-from . import ONE_TILE_AREA, needs_stats
+from . import needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
 from .bias_fragments import STRIP, launch_bias_fragments
 from .forward import forward_kernel, forward_tiled_kernel
 from .launcher import acc_type, launch
 from .scale import MAX_LOGIT_SCALE
 from .settings import INTERPRETED as INTERPRETED
-from .settings import Settings, block_d, multiprocessors_of, settings_for
+from .settings import Settings, block_d, multiprocessors_of, settings_for, split_in_step
 
 
 class Call(NamedTuple):
@@ -112,6 +112,12 @@ class Call(NamedTuple):
         programs = multiprocessors_of(self.q.device) * settings.programs_per_sm
         return max(1, min(self.num_windows, programs // pinned))
 
+    def programs_in_step(self, settings: Settings) -> tuple[int, int]:
+        """(how many programs a head gets, how many groups they form), for the kernels of one tile."""
+        windows_h, windows_w = self.windows
+        groups, lanes = split_in_step(windows_h * windows_w, self.q.shape[0], self.shares(self.q.shape[3], settings))
+        return groups * lanes, groups
+
     def placed_grid(self, pinned: int, settings: Settings) -> tuple[tuple[int, int, int], dict]:
         """(grid, what `placed_program` takes) for `pinned` programs a share, counting from multiprocessor to
         multiprocessor."""
@@ -142,17 +148,19 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> None:
     """Fill `out`, a contiguous map [B, H, W, num_heads * head_dim], and, if given, `stats` [B*nW, num_heads, N, 2]."""
-    num_heads, one_tile = call.q.shape[3], call.window_area <= ONE_TILE_AREA
-    settings = call.settings("forward" if one_tile else "forward_tiled")
-    arguments = dict(
-        **call.pointers(), out_ptr=out, stats_ptr=out if stats is None else stats, **call.scalars(), **call.constants(),
-        **settings.options(call.q.device), SAVE_STATS=stats is not None,
-    )  # fmt: skip
-    if one_tile:
-        launch(forward_kernel, (num_heads, call.shares(num_heads, settings), 1), arguments)
-    else:
+    num_heads, head_dim = call.q.shape[3:]
+    shared = dict(**call.pointers(), out_ptr=out, **call.scalars(), **call.constants())
+    if needs_stats(call.window_area, head_dim, call.q.dtype):
+        settings = call.settings("forward_tiled")
         grid, placed = call.placed_grid(num_heads * cdiv(call.window_area, settings.block_m), settings)
-        launch(forward_tiled_kernel, grid, arguments | call.bias_fragments(settings) | placed)
+        arguments = dict(stats_ptr=out if stats is None else stats, SAVE_STATS=stats is not None)
+        arguments |= shared | call.bias_fragments(settings) | placed | settings.options(call.q.device)
+        launch(forward_tiled_kernel, grid, arguments)
+    else:
+        settings = call.settings("forward")
+        programs, groups = call.programs_in_step(settings)
+        arguments = dict(**shared, groups=groups, **settings.options(call.q.device))
+        launch(forward_kernel, (num_heads, programs, 1), arguments)
 
 
 def launch_backward(
@@ -200,16 +208,16 @@ def _launch_one_tile_backward(
     """Partial sums of dbias, dpad and dlogit_scale."""
     N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
     settings = call.settings("backward")
-    shares = call.shares(num_heads, settings)
-    dbias = call.partial_sums(need_dbias, shares, num_heads, N, N)
-    dpad = call.partial_sums(need_dpad, shares, 2, num_heads * head_dim)
-    dlogit_scale = call.partial_sums(need_dlogit_scale, shares, num_heads)
+    programs, groups = call.programs_in_step(settings)
+    dbias = call.partial_sums(need_dbias, programs, num_heads, N, N)
+    dpad = call.partial_sums(need_dpad, programs, 2, num_heads * head_dim)
+    dlogit_scale = call.partial_sums(need_dlogit_scale, programs, num_heads)
     arguments = dict(
-        **shared, **grads, dbias_ptr=dbias, dpad_ptr=dpad, dlogit_scale_ptr=dlogit_scale,
+        **shared, **grads, groups=groups, dbias_ptr=dbias, dpad_ptr=dpad, dlogit_scale_ptr=dlogit_scale,
         NEED_DBIAS=need_dbias, NEED_DPAD=need_dpad, NEED_DLOGIT_SCALE=need_dlogit_scale,
         **settings.options(call.q.device),
     )  # fmt: skip
-    launch(backward_kernel, (num_heads, shares, 1), arguments)
+    launch(backward_kernel, (num_heads, programs, 1), arguments)
     return dbias, dpad, dlogit_scale
 
 

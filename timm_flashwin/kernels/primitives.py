@@ -7,6 +7,9 @@ A windowed tensor [B_, num_heads, N, head_dim] is the map [B_, N, 1, num_heads, 
 A position is a window's place in the map, the same in every image. A program is pinned to one head (and one tile of
 queries and/or keys), takes one position after the other and, at each, walks through the images: addresses, padding,
 bias and mask are those of the position, so they are worked out once and the walk only loads, multiplies and stores.
+Windows of one tile are bound by memory: there the programs walk in step (`places_in_step`), so that what they read at
+one time lies together. Larger windows are bound by arithmetic: there each takes as many windows as any other
+(`share_of`).
 
 Shapes stand at the end of the line: m and n are query and key tokens of a tile, d the channels of a head.
 """
@@ -17,10 +20,18 @@ import triton.language as tl
 from .bias_fragments import load_bias_fragments
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOG2E_REST = tl.constexpr(1.925963033500643e-08)  # what float32 leaves of it
 MASK_VALUE = tl.constexpr(-100.0)  # geometry.MASK_VALUE
 NORM_EPS = tl.constexpr(1e-12)  # reference.NORM_EPS
 LOWEST_MASK = tl.constexpr(-(2.0**100))  # a power of two: its multiples by LOG2E, rounded or not, are equal
+
+
+@triton.jit
+def places_in_step(program, programs, groups):
+    """Where `program` starts in the positions and in the images, and the step from one image to its next.
+
+    A group of programs takes every `groups`-th position and shares out its images one by one.
+    """
+    return program % groups, program // groups, programs // groups
 
 
 @triton.jit
@@ -53,14 +64,15 @@ def window_cut(position, windows_w, cut_window_h, cut_window_w):
 
 
 @triton.jit
-def here(tokens, position, ALIGNMENT: tl.constexpr = 1):
-    """The `tokens` as they are, in a way that the compiler takes to depend on the position (which is never below 0).
+def here(tokens, place, ALIGNMENT: tl.constexpr = 1):
+    """The `tokens` as they are, in a way that the compiler takes to depend on the `place` in the walk.
 
-    Addresses of the bias and regions of the mask do not depend on it. Worked out ahead of the walk over positions, as
-    the compiler would, they take a hundred registers all along, where one more program could run. What is known to be a
-    multiple of `ALIGNMENT` stays known to be.
+    Addresses of the bias and regions of the mask do not depend on it. Worked out ahead of the walk, as the compiler
+    would, they take a hundred registers all along, where one more program could run. A place is never below 0, but the
+    compiler must not know: it is a position or an image times an argument of the kernel. What is known to be a multiple
+    of `ALIGNMENT` stays known to be.
     """
-    return tokens + tl.minimum(position, 0) * ALIGNMENT  # m
+    return tokens + tl.minimum(place, 0) * ALIGNMENT  # m
 
 
 @triton.jit
@@ -129,7 +141,10 @@ def load_tile(
 def inverse_norm(tile, ACC: tl.constexpr):
     """1 / max(|token|, eps) of q or k [m, d], as torch.nn.functional.normalize divides: [m]."""
     wide = tile.to(ACC)
-    return tl.rsqrt(tl.maximum(tl.sum(wide * wide, axis=1), NORM_EPS * NORM_EPS))
+    square = tl.maximum(tl.sum(wide * wide, axis=1), NORM_EPS * NORM_EPS)  # m
+    if tile.dtype == tl.float32:  # rsqrt is an approximation, whose error a large logit_scale multiplies
+        return tl.div_rn(1.0, tl.sqrt_rn(square))
+    return tl.rsqrt(square)
 
 
 @triton.jit
@@ -170,21 +185,21 @@ def store_tile(ptr, tile, offsets, in_map, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def load_bias_tile(
-    bias_ptr, head, position, cut, cut_row, cut_col,
+    bias_ptr, head, place, cut, cut_row, cut_col,
     ACC: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """What is added to the logits of one head in the window at `position`, which is one tile: the bias, the mask
-    between tokens that only the roll made neighbours, and -inf for keys past the window's end: [m, n].
+    """What is added to the logits of one head in a window of one tile: the bias, the mask between tokens that only the
+    roll made neighbours, and -inf for keys past the window's end: [m, n]. See `here` for the `place`.
     """
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
     tokens = tl.arange(0, BLOCK_N)  # m, and n
     if IS_SHIFTED:  # regions take so many registers that addresses must not take some ahead of time
-        tokens = here(tokens, position, BLOCK_N)
+        tokens = here(tokens, place, BLOCK_N)
     in_window = tokens < WINDOW_AREA
     tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC) + tl.where(in_window, 0.0, float("-inf"))[None, :]
     if HAS_BIAS:
-        bias_ptr += here(head.to(tl.int64) * WINDOW_AREA * WINDOW_AREA, position, BLOCK_N)
+        bias_ptr += here(head.to(tl.int64) * WINDOW_AREA * WINDOW_AREA, place, BLOCK_N)
         # 64 bits, in which the compiler sees that a thread's addresses are one and a constant.
         offsets = tokens.to(tl.int64)[:, None] * WINDOW_AREA + tokens[None, :]  # m n
         if WINDOW_AREA == BLOCK_N:
@@ -245,12 +260,21 @@ def tile_logits(
 
 
 @triton.jit
+def add_apart(product, x, factor=1.0):
+    """product + x * factor, as the compiler does not make `x` what the product starts from."""
+    return tl.fma(x, factor, product)
+
+
+@triton.jit
 def tile_scores(
     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WINDOW_AREA: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """The logits divided by the scale, q @ k^T + (bias + mask) / scale [m, n]; the `bias_tile` is so already."""
-    scores = tl.dot(q, tl.trans(k), acc=bias_tile, input_precision=PRECISION, out_dtype=ACC)
+    if q.dtype == tl.float32:  # a bias to start from would coarsen the rounding of every term of the product
+        scores = add_apart(tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC), bias_tile)
+    else:
+        scores = tl.dot(q, tl.trans(k), acc=bias_tile, input_precision=PRECISION, out_dtype=ACC)
     if HAS_MASK:
         scores += load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC, WINDOW_AREA) / scale
     return scores  # m n
@@ -268,22 +292,19 @@ def load_mask_tile(mask_ptr, image, rows, cols, num_masks, ACC: tl.constexpr, WI
 
 
 @triton.jit
-def exp_from(logits, origin, scale=1.0, PRECISE: tl.constexpr = False):
-    """exp(scale * logits - origin) [m, n] for an `origin` a row [m], in two steps: a multiply-add and an exp2.
+def exp_from(logits, origin):
+    """exp(logits - origin) [m, n] for an `origin` a row [m], in two steps: a multiply-add and an exp2."""
+    return tl.exp2(tl.fma(logits, LOG2E, -(origin * LOG2E)[:, None]))
 
-    Both factors are rounded once for a whole row or more, and the forward and the backward start from different
-    origins, so these errors do not average out. In float32 they show in the sum that dlogit_scale is: `PRECISE` takes
-    along what rounding left.
+
+@triton.jit
+def exp_from_score(scores, origin, scale):
+    """exp(scale * (scores - origin)) [m, n] for an `origin` a row [m].
+
+    The largest of a row becomes 1 exactly. A multiply-add instead would be a step less, but it takes the origin's
+    product rounded, and where logits are large that shows.
     """
-    factor = scale * LOG2E
-    start = origin * LOG2E  # m
-    exponent = tl.fma(logits, factor, -start[:, None])  # m n
-    if PRECISE:
-        factor_rest = tl.fma(scale, LOG2E, -factor) + scale * LOG2E_REST
-        start_rest = tl.fma(origin, LOG2E, -start) + origin * LOG2E_REST  # m
-        rest = logits * factor_rest - start_rest[:, None]
-        exponent += tl.where(exponent == float("-inf"), 0.0, rest)  # of infinities it is NaN
-    return tl.exp2(exponent)
+    return tl.exp2((scores - origin[:, None]) * (scale * LOG2E))
 
 
 @triton.jit
@@ -294,7 +315,7 @@ def stats_offsets(window, head, rows, num_heads, WINDOW_AREA: tl.constexpr):
 
 @triton.jit
 def store_stats(ptr, row_max, inverse_sum, window, head, rows, num_heads, WINDOW_AREA: tl.constexpr):
-    """Keep what turns logits into probabilities: [windows, num_heads, N, 2].
+    """Keep what turns scores into probabilities, the maximum and 1 / sum of every row: [windows, num_heads, N, 2].
 
     Two numbers and not their logarithm: it would be rounded once for all keys of a row, and in float32 that error does
     not average out of the gradients.

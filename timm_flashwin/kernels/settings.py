@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..geometry import cdiv
 from .forward import forward_kernel
 
 # TRITON_INTERPRET=1 was set when the kernels were defined: they run in Triton's interpreter, on CPU tensors.
@@ -85,6 +86,22 @@ def settings_for(
         block_m = 32 if token_bytes > 256 else 64
         return Settings(block_m, 32, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
     return _tiled_backward(token_bytes, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def split_in_step(num_positions: int, num_images: int, programs: int) -> tuple[int, int]:
+    """(groups, lanes), groups * lanes <= `programs`, for `places_in_step`.
+
+    Of the splits in which the busiest program has the fewest windows it is the one of the fewest programs, and of
+    those the one that reads the most of an image at a time.
+    """
+    splits = []
+    for groups in range(1, min(num_positions, programs) + 1):
+        lanes = max(1, min(num_images, programs // groups))
+        busiest = cdiv(num_positions, groups) * cdiv(num_images, lanes)
+        splits.append((busiest, groups * lanes, -groups, lanes))
+    _, _, minus_groups, lanes = min(splits)
+    return -minus_groups, lanes
 
 
 @functools.cache
