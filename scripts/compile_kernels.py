@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from timm_flashwin.kernels import launch, layer_norm, needs_stats, relative_position, settings
+from timm_flashwin.kernels import launch, launcher, layer_norm, needs_stats, relative_position, settings
 
 # Shared memory one block may use, in bytes: CUDA programming guide, "Technical Specifications per Compute Capability";
 # for gfx942 the 64 KiB LDS of a compute unit (AMD CDNA 3 ISA).
@@ -113,22 +113,25 @@ def _resources(compiled, target: GPUTarget) -> tuple[int, int]:
 def _run(case: Case) -> None:
     """Forward and backward of one case, and the gather of its bias, through the launch functions."""
     num_heads, B = 4, 2
-    size = 2 * case.window + (1 if case.padded else 0)
-    window_size, shape = (case.window, case.window), (B, size, size)
-    if case.explicit_mask:  # as windowed_sdpa calls: windows are already cut
-        window_size, shape = (case.window**2, 1), (B, case.window**2, 1)
     N, C = case.window**2, num_heads * case.head_dim
-    qkv = torch.zeros(*shape, 3, num_heads, case.head_dim, dtype=case.dtype)
     bias = torch.zeros(num_heads, N, N)
-    mask = torch.zeros(1, N, N) if case.explicit_mask else None
-    pad = torch.zeros(3 * C, dtype=case.dtype)
     logit_scale = torch.zeros(num_heads) if case.cosine else None
-    call = launch.Call(*qkv.unbind(3), bias, mask, pad, logit_scale, window_size, (case.shift, case.shift), 1.0)
-    out = torch.zeros(*shape, C, dtype=case.dtype)
-    stats = torch.zeros(call.num_windows, num_heads, N, 2) if needs_stats(N, case.head_dim, case.dtype) else None
-    launch.launch_forward(call, out, stats)
+    if case.explicit_mask:
+        grads = q, k, v = torch.zeros(3, B, num_heads, N, case.head_dim, dtype=case.dtype)
+        call, operands = launch.call_on_windows(q, k, v, bias, torch.zeros(1, N, N), logit_scale, 1.0)
+    else:
+        size = 2 * case.window + (1 if case.padded else 0)
+        qkv, pad = torch.zeros(B, size, size, 3 * C, dtype=case.dtype), torch.zeros(3 * C, dtype=case.dtype)
+        geometry = (case.window, case.window), (case.shift, case.shift)
+        call, operands = launch.call_on_map(qkv, bias, pad, logit_scale, num_heads, *geometry, 1.0)
+        grads = (qkv,)
+    out = torch.zeros(*call.shape[:3], C, dtype=case.dtype)
+    stats = None
+    if needs_stats(N, case.head_dim, case.dtype):
+        stats = torch.zeros(B * call.num_positions, num_heads, N, 2)
+    launch.launch_forward(call, operands, out, stats)
     needed = dict(need_dbias=True, need_dpad=True, need_dlogit_scale=case.cosine)
-    launch.launch_backward(call, out, out, stats, *qkv.unbind(3), **needed)
+    launch.launch_backward(call, operands, out, out, stats, grads, **needed)
     table = torch.zeros((2 * case.window - 1) ** 2, num_heads, dtype=case.dtype)
     bias = torch.zeros(num_heads, N, N, dtype=case.dtype)
     relative_position.launch_relative_position_bias(table, bias, (case.window, case.window))
@@ -147,6 +150,7 @@ def compile_case(target_name: str, name: str) -> list[Row]:
     triton.runtime.driver.set_active(CompileOnlyDriver(target))
     settings.target_arch.cache_clear()
     settings.settings_for.cache_clear()
+    launcher.forget()
     compiled_kernels = []
 
     def warmup(kernel, grid):

@@ -39,7 +39,7 @@ from benchmarking import (
     short_reason,
 )
 
-from timm_flashwin.kernels import ONE_TILE_AREA, launch
+from timm_flashwin.kernels import ONE_TILE_AREA, launch, launcher
 from timm_flashwin.kernels.settings import KERNELS, Settings, settings_for
 
 REGISTERS = 64 * 1024  # of a multiprocessor, of every GPU that Triton compiles for
@@ -79,7 +79,9 @@ def in_force(kernel: str, settings: Settings) -> Iterator[None]:
         return settings if name == kernel else settings_for(name, *shape)
 
     with mock.patch.object(launch, "settings_for", choose):
+        launcher.forget()
         yield
+    launcher.forget()
 
 
 def make_workload(case: Case, dtype: str, kernel: str, device: torch.device) -> Workload:

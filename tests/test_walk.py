@@ -7,7 +7,7 @@ from timm_flashwin import window_attention
 
 pytest.importorskip("triton")
 
-from timm_flashwin.kernels import launch  # noqa: E402
+from timm_flashwin.kernels import launch, launcher  # noqa: E402
 from timm_flashwin.kernels.settings import split_in_step  # noqa: E402
 
 
@@ -43,7 +43,9 @@ def test_the_busiest_program_has_few_windows_and_none_is_idle(num_positions, num
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
 @pytest.mark.parametrize("window, size", [(4, (13, 16)), ((9, 8), (14, 16))], ids=["one tile", "several tiles"])
-def test_results_do_not_depend_on_how_many_programs_share_the_windows(window, size, cosine, kernel_device, monkeypatch):
+def test_results_do_not_depend_on_how_many_programs_share_the_windows(
+    window, size, cosine, kernel_device, monkeypatch, request
+):  # fmt: skip
     heads, C = 2, 32
     window_size = (window, window) if isinstance(window, int) else window
     N = window_size[0] * window_size[1]
@@ -56,10 +58,12 @@ def test_results_do_not_depend_on_how_many_programs_share_the_windows(window, si
 
     def run(multiprocessors):
         monkeypatch.setattr(launch, "multiprocessors_of", lambda device: multiprocessors)
+        launcher.forget()
         qkv, bias, pad_qkv, *logit_scale = (x.clone().requires_grad_() for x in inputs)
         out = window_attention(qkv, heads, window_size, 2, bias, pad_qkv, None, *logit_scale, impl="triton")
         return out, *torch.autograd.grad(out, [qkv, bias, pad_qkv, *logit_scale], do)
 
+    request.addfinalizer(launcher.forget)
     expected = run(1)
     for multiprocessors in (2, 7, 40):
         out, dqkv, *sums = run(multiprocessors)

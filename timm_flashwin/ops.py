@@ -9,6 +9,7 @@ They take what their callers have validated.
 """
 
 import contextlib
+import functools
 import sys
 
 import torch
@@ -92,6 +93,7 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError("the kernels of timm_flashwin have no second derivative; " + _WAY_OUT)
 
 
+@functools.cache
 def _launch():
     from .kernels import launch
 
@@ -140,15 +142,19 @@ class _Operator:
         self._function = type(name, (torch.autograd.Function,), methods) if setup_context else None
 
     def __call__(self, *inputs):
-        if torch.compiler.is_compiling() or _is_watched(inputs):
+        if torch.compiler.is_compiling():
             return self._dispatched(*inputs)
-        inputs = _in_autocasts_dtype(inputs, self._num_activations)
-        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if _is_watched(tensors):
+            return self._dispatched(*inputs)
+        if self._num_activations:
+            inputs = _in_autocasts_dtype(inputs, self._num_activations)
+        if not torch.is_grad_enabled() or not any([x.requires_grad for x in tensors]):
             return self._kernel(*inputs)
         return (self._function.apply if self._function else self._dispatched)(*inputs)
 
 
-def _is_watched(inputs) -> bool:
+def _is_watched(tensors: list[Tensor]) -> bool:
     """Whether more is under way than eager execution: a profiler, a mode, tracing, a transform, a tensor subclass."""
     return (
         torch.autograd._profiler_enabled()
@@ -156,7 +162,7 @@ def _is_watched(inputs) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or transforms_are_on()
-        or any(isinstance(x, Tensor) and not _is_plain(x) for x in inputs)
+        or not all([_is_plain(x) for x in tensors])
     )
 
 
@@ -167,7 +173,7 @@ def _is_plain(x: Tensor) -> bool:
 
 def _in_autocasts_dtype(inputs, num_activations: int):
     """The activations, which come first, as timm's matmuls run them; the bias keeps its dtype: logits are float32."""
-    return *(x.to(compute_dtype(x)) for x in inputs[:num_activations]), *inputs[num_activations:]
+    return *[x.to(compute_dtype(x)) for x in inputs[:num_activations]], *inputs[num_activations:]
 
 
 def _acc_dtype(x: Tensor) -> torch.dtype:
@@ -208,19 +214,14 @@ def _device_guard(x: Tensor):
 # ------------------------------------------------------------------------------------------ window_attention
 
 
-def _map_call(qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale):
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # B, H, W, num_heads, head_dim
-    return _launch().Call(q, k, v, bias, None, pad_qkv, logit_scale, tuple(window_size), tuple(shift_size), scale)
-
-
 def _window_attention(qkv, bias, pad_qkv, logit_scale, *geometry_and_save_stats):
     inputs = (qkv, bias, pad_qkv, logit_scale)
     *geometry, save_stats = geometry_and_save_stats
     out, stats = _window_attention_fake(*inputs, *geometry, save_stats)
     if out.numel():
+        launch = _launch()
         with _device_guard(qkv):
-            _launch().launch_forward(_map_call(*inputs, *geometry), out, stats if save_stats else None)
+            launch.launch_forward(*launch.call_on_map(*inputs, *geometry), out, stats if save_stats else None)
     return out, stats
 
 
@@ -260,10 +261,10 @@ def _window_attention_backward(
     inputs = (bias, pad_qkv, logit_scale)
     if not do.numel():
         return dqkv, *_zeros_where_needed(inputs, needed, qkv)
-    call = _map_call(qkv, *inputs, num_heads, window_size, shift_size, scale)
-    dq, dk, dv = dqkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
+    launch = _launch()
     with _device_guard(qkv):
-        sums = _launch().launch_backward(call, do.contiguous(), out, stats, dq, dk, dv, *needed)
+        call = launch.call_on_map(qkv, *inputs, num_heads, window_size, shift_size, scale)
+        sums = launch.launch_backward(*call, do.to(qkv.dtype).contiguous(), out, stats, (dqkv,), *needed)
     return dqkv, *_rounded_where_needed(sums, inputs, needed, qkv)
 
 
@@ -290,21 +291,13 @@ window_attention_backward = _implement(
 # --------------------------------------------------------------------------------------------- windowed_sdpa
 
 
-def _windows_call(q, k, v, bias, mask, logit_scale, scale):
-    num_heads, N = q.shape[1:3]
-    far_heads = num_heads * q.stride(1) >= 2**31  # a kernel steps from head to head in 32 bits
-    if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1 or far_heads:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    q, k, v = (t.transpose(1, 2).unsqueeze(2) for t in (q, k, v))  # B_, N, 1, num_heads, head_dim
-    return _launch().Call(q, k, v, bias, mask, None, logit_scale, (N, 1), (0, 0), scale)
-
-
 def _windowed_sdpa(q, k, v, bias, mask, logit_scale, scale, save_stats):
     out, stats = _windowed_sdpa_fake(q, k, v, bias, mask, logit_scale, scale, save_stats)
     if out.numel():
-        call = _windows_call(q, k, v, bias, mask, logit_scale, scale)
+        launch = _launch()
         with _device_guard(q):
-            _launch().launch_forward(call, out.transpose(1, 2), stats if save_stats else None)
+            call = launch.call_on_windows(q, k, v, bias, mask, logit_scale, scale)
+            launch.launch_forward(*call, out, stats if save_stats else None)
     return out, stats
 
 
@@ -337,14 +330,13 @@ def _windowed_sdpa_backward(do, q, k, v, bias, mask, logit_scale, out, stats, sc
     inputs = (bias, logit_scale)
     if not do.numel():
         return dq, dk, dv, *_zeros_where_needed(inputs, needed, q)
-    call = _windows_call(q, k, v, bias, mask, logit_scale, scale)
-    do = do.transpose(1, 2).contiguous()  # B_, N, num_heads, head_dim
-    out = None if out is None else out.transpose(1, 2)
-    grads = (t.transpose(1, 2).unsqueeze(2) for t in (dq, dk, dv))
+    do = do.to(q.dtype).transpose(1, 2).contiguous()  # B_, N, num_heads, head_dim
     need_dbias, need_dlogit_scale = needed
+    launch = _launch()
     with _device_guard(q):
-        dbias, _, dlogit_scale = _launch().launch_backward(
-            call, do, out, stats, *grads, need_dbias, False, need_dlogit_scale
+        call = launch.call_on_windows(q, k, v, bias, mask, logit_scale, scale)
+        dbias, _, dlogit_scale = launch.launch_backward(
+            *call, do, out, stats, (dq, dk, dv), need_dbias, False, need_dlogit_scale
         )
     return dq, dk, dv, *_rounded_where_needed((dbias, dlogit_scale), inputs, needed, q)
 

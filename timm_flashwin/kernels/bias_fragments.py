@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import cdiv
-from .launcher import acc_type, launch
+from .launcher import Launch, acc_type, dtype_of, remembered
 from .scale import load_scale
 
 _BLOCK = 2048  # elements a program writes
@@ -60,14 +60,19 @@ def launch_bias_fragments(
 ) -> torch.Tensor:
     """`bias` [num_heads, N, N], divided by the scale, in fragments [num_heads, extent / 64, extent / 8, 4, 128].
 
-    `extent` is a multiple of `STRIP` and at least N.
+    `bias` and `logit_scale` are contiguous; `extent` is a multiple of `STRIP` and at least N.
     """
     num_heads, N, _ = bias.shape
     fragments = bias.new_empty(num_heads, extent // STRIP, extent // 8, 4, 128, dtype=acc_dtype)
-    arguments = dict(
-        bias_ptr=bias.contiguous(), logit_scale_ptr=bias if logit_scale is None else logit_scale.contiguous(),
-        fragments_ptr=fragments, N=N, scale=scale, EXTENT=extent, BLOCK=_BLOCK, COSINE=logit_scale is not None,
-        ACC=acc_type(acc_dtype), num_warps=4,
-    )  # fmt: skip
-    launch(bias_fragments_kernel, (num_heads * cdiv(extent * extent, _BLOCK), 1, 1), arguments)
+    launch = _bias_fragments(num_heads, N, extent, scale, bias.dtype, dtype_of(logit_scale), acc_dtype, bias.device)
+    launch(bias, bias if logit_scale is None else logit_scale, fragments)
     return fragments
+
+
+@remembered
+def _bias_fragments(num_heads, N, extent, scale, dtype, logit_scale_dtype, acc_dtype, device) -> Launch:
+    arguments = dict(
+        N=N, scale=scale, EXTENT=extent, BLOCK=_BLOCK, COSINE=logit_scale_dtype is not None, ACC=acc_type(acc_dtype),
+        num_warps=4,
+    )  # fmt: skip
+    return Launch(bias_fragments_kernel, (num_heads * cdiv(extent * extent, _BLOCK), 1, 1), arguments)

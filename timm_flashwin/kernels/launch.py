@@ -10,26 +10,29 @@ from . import needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
 from .bias_fragments import STRIP, launch_bias_fragments
 from .forward import forward_kernel, forward_tiled_kernel
-from .launcher import acc_type, launch
+from .launcher import Launch, acc_type, dtype_of, remembered
 from .scale import MAX_LOGIT_SCALE
 from .settings import INTERPRETED as INTERPRETED
 from .settings import Settings, block_d, multiprocessors_of, settings_for, split_in_step
 
 
 class Call(NamedTuple):
-    """What every kernel of one call has in common: q, k and v, views [B, H, W, num_heads, head_dim] that share their
-    strides, and the geometry."""
+    """What the launches of a call follow from: everything but the tensors themselves, so that it can be looked up."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    bias: torch.Tensor | None  # [num_heads, N, N]
-    mask: torch.Tensor | None  # [nW, N, N]
-    pad_qkv: torch.Tensor | None  # [3 * num_heads * head_dim]
-    logit_scale: torch.Tensor | None  # [num_heads]: cosine attention, and scale is not used
+    shape: tuple[int, ...]  # of q, k and v: B, H, W, num_heads, head_dim
+    strides: tuple[int, ...]  # of q, k and v, along all of these but the last, where it is 1
+    offsets: tuple[int, int, int]  # elements from where their tensors begin to q, k and v
+    dtype: torch.dtype
+    device: torch.device
+    bias: torch.dtype | None  # dtypes of what there is beside them
+    mask: torch.dtype | None
+    num_masks: int
+    pad: torch.dtype | None  # None where nothing is padded
+    logit_scale: torch.dtype | None  # cosine attention, and scale is not used
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
     scale: float
+    precision: str  # of products
 
     @property
     def cosine(self) -> bool:
@@ -42,97 +45,115 @@ class Call(NamedTuple):
     @property
     def windows(self) -> tuple[int, int]:
         """How many windows an image has along each axis."""
-        return num_windows(self.q.shape[1:3], self.window_size)
+        return num_windows(self.shape[1:3], self.window_size)
 
     @property
-    def num_windows(self) -> int:
-        """Of all images."""
-        return self.q.shape[0] * self.windows[0] * self.windows[1]
+    def num_positions(self) -> int:
+        """Windows of one image."""
+        rows, cols = self.windows
+        return rows * cols
 
     @property
-    def has_pad(self) -> bool:
-        H, W = self.q.shape[1:3]
-        return H % self.window_size[0] != 0 or W % self.window_size[1] != 0
+    def acc_dtype(self) -> torch.dtype:
+        """What sums are taken in."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     def settings(self, kernel: str) -> Settings:
         """Of one of `settings.KERNELS` for this call."""
-        head_dim = self.q.shape[4]
-        return settings_for(kernel, self.window_area, head_dim, self.q.dtype, self.cosine, self.q.device)
+        return settings_for(kernel, self.window_area, self.shape[4], self.dtype, self.cosine, self.device)
 
-    def pads(self) -> torch.Tensor:
-        """The qkv of a padded token, materialised: [3 * num_heads * head_dim]."""
-        if self.pad_qkv is not None:
-            return self.pad_qkv.contiguous()
-        return self.q.new_zeros(3 * self.q.shape[3] * self.q.shape[4]) if self.has_pad else self.q
-
-    def pointers(self) -> dict:
-        q, k, v = self.q, self.k, self.v
-        return dict(
-            q_ptr=q, k_ptr=k, v_ptr=v, pad_ptr=self.pads(),
-            bias_ptr=q if self.bias is None else self.bias.contiguous(),
-            mask_ptr=q if self.mask is None else self.mask.contiguous(),
-            logit_scale_ptr=q if self.logit_scale is None else self.logit_scale.contiguous(),
-            stride_b=q.stride(0), stride_h=q.stride(1), stride_w=q.stride(2), stride_head=q.stride(3),
-        )  # fmt: skip
-
-    def scalars(self) -> dict:
-        B, H, W, num_heads, _ = self.q.shape
+    def arguments(self, settings: Settings) -> dict:
+        """Those that every kernel has."""
+        B, H, W, num_heads, head_dim = self.shape
         rows, cols = self.windows
         cut_h, cut_w = shift_cut((H, W), self.window_size, self.shift_size)
+        image_extent = max(H * self.strides[1] + W * self.strides[2], 3 * H * W * num_heads * head_dim)
         return dict(
-            H=H, W=W, windows_w=cols, num_positions=rows * cols, num_images=B,
-            num_masks=1 if self.mask is None else self.mask.shape[0], num_heads=num_heads, scale=self.scale,
+            stride_b=self.strides[0], stride_h=self.strides[1], stride_w=self.strides[2], stride_head=self.strides[3],
+            H=H, W=W, windows_w=cols, num_positions=rows * cols, num_images=B, num_masks=self.num_masks,
+            num_heads=num_heads, scale=self.scale,
             # A roll by more than the map wraps around; the cut is made by the shift as given.
             roll_h=self.shift_size[0] % H, roll_w=self.shift_size[1] % W,
             cut_window_h=cut_h[0], cut_row=cut_h[1], cut_window_w=cut_w[0], cut_col=cut_w[1],
-        )  # fmt: skip
-
-    def constants(self) -> dict:
-        B, H, W, num_heads, head_dim = self.q.shape
-        image_extent = max(H * self.q.stride(1) + W * self.q.stride(2), 3 * H * W * num_heads * head_dim)
-        return dict(
             HEAD_DIM=head_dim, WINDOW_H=self.window_size[0], WINDOW_W=self.window_size[1], BLOCK_D=block_d(head_dim),
-            HAS_BIAS=self.bias is not None, HAS_MASK=self.mask is not None, HAS_PAD=self.has_pad,
-            IS_SHIFTED=any(self.shift_size), COSINE=self.cosine,
-            ACC=acc_type(self.q.dtype), PRECISION=dot_precision(self.q.dtype),
+            HAS_BIAS=self.bias is not None, HAS_MASK=self.mask is not None, HAS_PAD=self.pad is not None,
+            IS_SHIFTED=any(self.shift_size), COSINE=self.cosine, ACC=acc_type(self.dtype), PRECISION=self.precision,
             OFFSET=tl.int32 if image_extent < 2**31 else tl.int64,
+            **settings.options(self.device),
         )  # fmt: skip
 
-    def bias_fragments(self, *settings: Settings) -> dict:
-        """The bias as the kernels that walk over tiles take it, wide enough for the tiles of each of the `settings`."""
+    def qkv_offsets(self) -> dict[str, int]:
+        return dict(zip(("q_ptr", "k_ptr", "v_ptr"), self.offsets, strict=True))
+
+    def bias_extent(self, *settings: Settings) -> int:
+        """Of the bias fragments, wide enough for the tiles of each of the `settings`."""
         tile = max(STRIP, *(max(s.block_m, s.block_n) for s in settings))
-        extent = cdiv(self.window_area, tile) * tile
-        bias = self.q
-        if self.bias is not None:
-            bias = launch_bias_fragments(self.bias, self.scale, self.logit_scale, self.acc_dtype, extent)
-        return dict(bias_ptr=bias, BIAS_EXTENT=extent)
+        return cdiv(self.window_area, tile) * tile
 
     def shares(self, pinned: int, settings: Settings) -> int:
         """Into how many shares the windows are cut, where each takes `pinned` programs: all of them are one wave."""
-        programs = multiprocessors_of(self.q.device) * settings.programs_per_sm
-        return max(1, min(self.num_windows, programs // pinned))
+        programs = multiprocessors_of(self.device) * settings.programs_per_sm
+        return max(1, min(self.shape[0] * self.num_positions, programs // pinned))
 
     def programs_in_step(self, settings: Settings) -> tuple[int, int]:
         """(how many programs a head gets, how many groups they form), for the kernels of one tile."""
-        windows_h, windows_w = self.windows
-        groups, lanes = split_in_step(windows_h * windows_w, self.q.shape[0], self.shares(self.q.shape[3], settings))
+        shares = self.shares(self.shape[3], settings)
+        groups, lanes = split_in_step(self.num_positions, self.shape[0], shares)
         return groups * lanes, groups
 
     def placed_grid(self, pinned: int, settings: Settings) -> tuple[tuple[int, int, int], dict]:
         """(grid, what `placed_program` takes) for `pinned` programs a share, counting from multiprocessor to
         multiprocessor."""
-        shares, multiprocessors = self.shares(pinned, settings), multiprocessors_of(self.q.device)
+        shares, multiprocessors = self.shares(pinned, settings), multiprocessors_of(self.device)
         layers = cdiv(pinned * shares, multiprocessors)
         return (multiprocessors * layers, 1, 1), dict(shares=shares, multiprocessors=multiprocessors)
 
-    @property
-    def acc_dtype(self) -> torch.dtype:
-        """What sums are taken in."""
-        return torch.promote_types(self.q.dtype, torch.float32)
 
-    def partial_sums(self, needed: bool, *shape: int) -> torch.Tensor:
-        """Room for one partial sum a program; any tensor where a kernel is not going to touch it."""
-        return self.q.new_empty(shape, dtype=self.acc_dtype) if needed else self.q
+class Operands(NamedTuple):
+    """The tensors that every kernel takes, in the order in which it does. Where one is not there, q stands for it."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    pad: torch.Tensor  # [3 * num_heads * head_dim]
+    bias: torch.Tensor  # [num_heads, N, N]
+    mask: torch.Tensor  # [nW, N, N]
+    logit_scale: torch.Tensor  # [num_heads]
+
+
+def call_on_map(qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale) -> tuple[Call, Operands]:
+    """A call of `window_attention`."""
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    B, H, W, three_c = qkv.shape
+    C = three_c // 3
+    head_dim = C // num_heads
+    pad = None
+    if H % window_size[0] or W % window_size[1]:
+        pad = qkv.new_zeros(three_c) if pad_qkv is None else pad_qkv
+    call = Call(
+        (B, H, W, num_heads, head_dim), (*qkv.stride()[:3], head_dim), (0, C, 2 * C), qkv.dtype, qkv.device,
+        dtype_of(bias), None, 1, dtype_of(pad), dtype_of(logit_scale),
+        tuple(window_size), tuple(shift_size), scale, dot_precision(qkv.dtype),
+    )  # fmt: skip
+    return call, Operands(
+        qkv, qkv, qkv, *(qkv if t is None else t.contiguous() for t in (pad, bias, None, logit_scale))
+    )
+
+
+def call_on_windows(q, k, v, bias, mask, logit_scale, scale) -> tuple[Call, Operands]:
+    """A call of `windowed_sdpa`: windows [B_, num_heads, N, head_dim] are maps of N x 1 tokens."""
+    B_, num_heads, N, head_dim = q.shape
+    far_heads = num_heads * q.stride(1) >= 2**31  # a kernel steps from head to head in 32 bits
+    if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1 or far_heads:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    stride_b, stride_head, stride_token, _ = q.stride()
+    call = Call(
+        (B_, N, 1, num_heads, head_dim), (stride_b, stride_token, stride_token, stride_head), (0, 0, 0), q.dtype,
+        q.device, dtype_of(bias), dtype_of(mask), 1 if mask is None else mask.shape[0], None, dtype_of(logit_scale),
+        (N, 1), (0, 0), scale, dot_precision(q.dtype),
+    )  # fmt: skip
+    others = [q if t is None else t.contiguous() for t in (None, bias, mask, logit_scale)]
+    return call, Operands(q, k, v, *others)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -146,114 +167,179 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def launch_forward(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> None:
+# ------------------------------------------------------------------------------------------------------- forward
+
+
+def launch_forward(call: Call, operands: Operands, out: torch.Tensor, stats: torch.Tensor | None) -> None:
     """Fill `out`, a contiguous map [B, H, W, num_heads * head_dim], and, if given, `stats` [B*nW, num_heads, N, 2]."""
-    num_heads, head_dim = call.q.shape[3:]
-    shared = dict(**call.pointers(), out_ptr=out, **call.scalars(), **call.constants())
-    if needs_stats(call.window_area, head_dim, call.q.dtype):
-        settings = call.settings("forward_tiled")
-        grid, placed = call.placed_grid(num_heads * cdiv(call.window_area, settings.block_m), settings)
-        arguments = dict(stats_ptr=out if stats is None else stats, SAVE_STATS=stats is not None)
-        arguments |= shared | call.bias_fragments(settings) | placed | settings.options(call.q.device)
-        launch(forward_tiled_kernel, grid, arguments)
-    else:
-        settings = call.settings("forward")
-        programs, groups = call.programs_in_step(settings)
-        arguments = dict(**shared, groups=groups, **settings.options(call.q.device))
-        launch(forward_kernel, (num_heads, programs, 1), arguments)
+    if not needs_stats(call.window_area, call.shape[4], call.dtype):
+        _forward(call)(*operands, out)
+        return
+    launch, extent = _forward_tiled(call, stats is not None)
+    launch(*_with_bias_fragments(call, operands, extent), out, out if stats is None else stats)
+
+
+@remembered
+def _forward(call: Call) -> Launch:
+    settings = call.settings("forward")
+    programs, groups = call.programs_in_step(settings)
+    arguments = call.arguments(settings) | dict(groups=groups)
+    return Launch(forward_kernel, (call.shape[3], programs, 1), arguments, call.qkv_offsets())
+
+
+@remembered
+def _forward_tiled(call: Call, save_stats: bool) -> tuple[Launch, int]:
+    """(launch, extent of the bias fragments)."""
+    settings = call.settings("forward_tiled")
+    extent = call.bias_extent(settings)
+    grid, placed = call.placed_grid(call.shape[3] * cdiv(call.window_area, settings.block_m), settings)
+    arguments = call.arguments(settings) | placed | dict(BIAS_EXTENT=extent, SAVE_STATS=save_stats)
+    return Launch(forward_tiled_kernel, grid, arguments, call.qkv_offsets()), extent
+
+
+def _with_bias_fragments(call: Call, operands: Operands, extent: int) -> Operands:
+    if call.bias is None:
+        return operands
+    logit_scale = operands.logit_scale if call.cosine else None
+    fragments = launch_bias_fragments(operands.bias, call.scale, logit_scale, call.acc_dtype, extent)
+    return operands._replace(bias=fragments)
+
+
+# ------------------------------------------------------------------------------------------------------ backward
+
+
+class Needs(NamedTuple):
+    """Which gradients there shall be beside dq, dk and dv."""
+
+    dbias: bool
+    dpad: bool
+    dlogit_scale: bool
 
 
 def launch_backward(
     call: Call,
+    operands: Operands,
     do: torch.Tensor,
     out: torch.Tensor | None,
     stats: torch.Tensor | None,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
+    grads: tuple[torch.Tensor, ...],
     need_dbias: bool,
     need_dpad: bool,
     need_dlogit_scale: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Fill dq, dk, dv; return dbias [num_heads, N, N], dpad_qkv [3 * num_heads * head_dim] and dlogit_scale [num_heads]
+    """Fill `grads`; return dbias [num_heads, N, N], dpad_qkv [3 * num_heads * head_dim] and dlogit_scale [num_heads]
     where needed.
 
     `do` and `out` are contiguous maps [B, H, W, num_heads * head_dim]; `out` and `stats` are read only where
-    `needs_stats` says so. dq, dk and dv [B, H, W, num_heads, head_dim] have the strides of one another, and
-    those of a contiguous map but for the distance from token to token.
+    `needs_stats` says so. `grads` are contiguous maps too: dq, dk and dv, or one of 3 * num_heads * head_dim channels.
     """
-    num_heads, head_dim = call.q.shape[3:]
-    shared = dict(**call.pointers(), do_ptr=do, **call.scalars(), **call.constants())
-    grads = dict(dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, grad_stride=dq.stride(2))
-    needed = need_dbias, need_dpad and call.has_pad, need_dlogit_scale
-    if needs_stats(call.window_area, head_dim, call.q.dtype):
-        shared.update(stats_ptr=stats, delta_ptr=torch.empty_like(stats[..., 0]))
-        dbias, dpad, dlogit_scale = _launch_tiled_backward(call, shared, grads, out, *needed)
+    num_heads, head_dim = call.shape[3:]
+    needs = Needs(need_dbias, need_dpad and call.pad is not None, need_dlogit_scale)
+    is_packed = len(grads) == 1
+    dq_dk_dv = grads * 3 if is_packed else grads
+    if needs_stats(call.window_area, head_dim, call.dtype):
+        dbias, dpad, dlogit_scale = _launch_tiled_backward(call, operands, do, out, stats, dq_dk_dv, is_packed, needs)
     else:
-        dbias, dpad, dlogit_scale = _launch_one_tile_backward(call, shared, grads, *needed)
+        dbias, dpad, dlogit_scale = _launch_one_tile_backward(call, operands, do, dq_dk_dv, is_packed, needs)
 
     dpad_qkv = None
     if need_dpad:
         dpad_qkv = do.new_zeros(3 * num_heads * head_dim, dtype=call.acc_dtype)
-        if call.has_pad:
+        if needs.dpad:
             dpad_qkv[num_heads * head_dim :] = dpad.sum(dim=0).flatten()  # a padded query has no gradient
     if need_dlogit_scale:
-        dlogit_scale = dlogit_scale.sum(dim=0) * (call.logit_scale <= MAX_LOGIT_SCALE.value)
+        dlogit_scale = dlogit_scale.sum(dim=0) * (operands.logit_scale <= MAX_LOGIT_SCALE.value)
     return dbias.sum(dim=0) if need_dbias else None, dpad_qkv, dlogit_scale if need_dlogit_scale else None
 
 
-def _launch_one_tile_backward(
-    call: Call, shared: dict, grads: dict, need_dbias: bool, need_dpad: bool, need_dlogit_scale: bool
-):
+def _partial_sums(call: Call, do: torch.Tensor, needed: bool, *shape: int) -> torch.Tensor:
+    """Room for one partial sum a program; any tensor where a kernel is not going to touch it."""
+    return do.new_empty(shape, dtype=call.acc_dtype) if needed else do
+
+
+def _launch_one_tile_backward(call: Call, operands: Operands, do, dq_dk_dv, is_packed: bool, needs: Needs):
     """Partial sums of dbias, dpad and dlogit_scale."""
-    N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
+    N, num_heads, head_dim = call.window_area, *call.shape[3:]
+    launch, programs = _one_tile_backward(call, is_packed, needs)
+    dbias = _partial_sums(call, do, needs.dbias, programs, num_heads, N, N)
+    dpad = _partial_sums(call, do, needs.dpad, programs, 2, num_heads * head_dim)
+    dlogit_scale = _partial_sums(call, do, needs.dlogit_scale, programs, num_heads)
+    launch(*operands, do, *dq_dk_dv, dbias, dpad, dlogit_scale)
+    return dbias, dpad, dlogit_scale
+
+
+@remembered
+def _one_tile_backward(call: Call, is_packed: bool, needs: Needs) -> tuple[Launch, int]:
+    """(launch, programs of a head)."""
     settings = call.settings("backward")
     programs, groups = call.programs_in_step(settings)
-    dbias = call.partial_sums(need_dbias, programs, num_heads, N, N)
-    dpad = call.partial_sums(need_dpad, programs, 2, num_heads * head_dim)
-    dlogit_scale = call.partial_sums(need_dlogit_scale, programs, num_heads)
-    arguments = dict(
-        **shared, **grads, groups=groups, dbias_ptr=dbias, dpad_ptr=dpad, dlogit_scale_ptr=dlogit_scale,
-        NEED_DBIAS=need_dbias, NEED_DPAD=need_dpad, NEED_DLOGIT_SCALE=need_dlogit_scale,
-        **settings.options(call.q.device),
+    stride, offsets = _grad_places(call, is_packed)
+    arguments = call.arguments(settings) | dict(
+        groups=groups, grad_stride=stride,
+        NEED_DBIAS=needs.dbias, NEED_DPAD=needs.dpad, NEED_DLOGIT_SCALE=needs.dlogit_scale,
     )  # fmt: skip
-    launch(backward_kernel, (num_heads, programs, 1), arguments)
-    return dbias, dpad, dlogit_scale
+    return Launch(backward_kernel, (call.shape[3], programs, 1), arguments, call.qkv_offsets() | offsets), programs
 
 
-def _launch_tiled_backward(
-    call: Call, shared: dict, grads: dict, out, need_dbias: bool, need_dpad: bool, need_dlogit_scale: bool
-):
+def _grad_places(call: Call, is_packed: bool) -> tuple[int, dict[str, int]]:
+    """(elements from token to token, where dq, dk and dv begin)."""
+    C = call.shape[3] * call.shape[4]
+    return (3 * C, dict(dk_ptr=C, dv_ptr=2 * C)) if is_packed else (C, {})
+
+
+def _launch_tiled_backward(call: Call, operands: Operands, do, out, stats, dq_dk_dv, is_packed: bool, needs: Needs):
     """Partial sums of dbias, dpad and dlogit_scale. The kernels run in this order: the first leaves delta to the other
     two."""
-    N, num_heads, head_dim = call.window_area, *call.q.shape[3:]
-    settings, dkdv_settings, dbias_settings = (call.settings(f"backward_{name}") for name in ("dq", "dkdv", "dbias"))
-    shared = shared | call.bias_fragments(settings, dkdv_settings, dbias_settings)
-    query_tiles = cdiv(N, settings.block_m)
-    grid, placed = call.placed_grid(num_heads * query_tiles, settings)
-    dlogit_scale = call.partial_sums(need_dlogit_scale, query_tiles * placed["shares"], num_heads)
-    arguments = dict(
-        **shared, out_ptr=out, dq_ptr=grads["dq_ptr"], grad_stride=grads["grad_stride"], **placed,
-        dlogit_scale_ptr=dlogit_scale, NEED_DLOGIT_SCALE=need_dlogit_scale, **settings.options(call.q.device),
-    )  # fmt: skip
-    launch(backward_dq_kernel, grid, arguments)
-
-    settings = dkdv_settings
-    key_tiles = cdiv(N, settings.block_n)
-    grid, placed = call.placed_grid(num_heads * key_tiles, settings)
-    dpad = call.partial_sums(need_dpad, key_tiles * placed["shares"], 2, num_heads * head_dim)
-    arguments = dict(
-        **shared, dk_ptr=grads["dk_ptr"], dv_ptr=grads["dv_ptr"], grad_stride=grads["grad_stride"], **placed,
-        dpad_ptr=dpad, NEED_DPAD=need_dpad, **settings.options(call.q.device),
-    )  # fmt: skip
-    launch(backward_dkdv_kernel, grid, arguments)
-    if not need_dbias:
-        return None, dpad, dlogit_scale
-
-    settings = dbias_settings
-    pinned = num_heads * cdiv(N, settings.block_m) * cdiv(N, settings.block_n)
-    shares = call.shares(pinned, settings)
-    dbias = call.partial_sums(True, shares, num_heads, N, N)
-    arguments = dict(**shared, dbias_ptr=dbias, **settings.options(call.q.device))
-    launch(backward_dbias_kernel, (pinned, shares, 1), arguments)
+    N, num_heads, head_dim = call.window_area, *call.shape[3:]
+    launches = _tiled_backward(call, is_packed, needs)
+    operands = _with_bias_fragments(call, operands, launches.bias_extent)
+    delta = torch.empty_like(stats[..., 0])
+    dq, dk, dv = dq_dk_dv
+    dlogit_scale = _partial_sums(call, do, needs.dlogit_scale, launches.dq_programs, num_heads)
+    launches.dq(*operands, out, stats, do, delta, dq, dlogit_scale)
+    dpad = _partial_sums(call, do, needs.dpad, launches.dkdv_programs, 2, num_heads * head_dim)
+    launches.dkdv(*operands, stats, do, delta, dk, dv, dpad)
+    dbias = _partial_sums(call, do, needs.dbias, launches.dbias_programs, num_heads, N, N)
+    if needs.dbias:
+        launches.dbias(*operands, stats, do, delta, dbias)
     return dbias, dpad, dlogit_scale
+
+
+class _TiledBackward(NamedTuple):
+    """The launches, and how many programs write partial sums of one head."""
+
+    dq: Launch
+    dq_programs: int
+    dkdv: Launch
+    dkdv_programs: int
+    dbias: Launch
+    dbias_programs: int
+    bias_extent: int
+
+
+@remembered
+def _tiled_backward(call: Call, is_packed: bool, needs: Needs) -> _TiledBackward:
+    N, num_heads = call.window_area, call.shape[3]
+    dq, dkdv, dbias = (call.settings(f"backward_{name}") for name in ("dq", "dkdv", "dbias"))
+    extent = call.bias_extent(dq, dkdv, dbias)
+    stride, offsets = _grad_places(call, is_packed)
+    offsets |= call.qkv_offsets()
+
+    def launch(kernel, grid, settings, **arguments):
+        return Launch(kernel, grid, call.arguments(settings) | dict(BIAS_EXTENT=extent) | arguments, offsets)
+
+    query_tiles, key_tiles = cdiv(N, dq.block_m), cdiv(N, dkdv.block_n)
+    dq_grid, dq_placed = call.placed_grid(num_heads * query_tiles, dq)
+    dkdv_grid, dkdv_placed = call.placed_grid(num_heads * key_tiles, dkdv)
+    pinned = num_heads * cdiv(N, dbias.block_m) * cdiv(N, dbias.block_n)
+    shares = call.shares(pinned, dbias)
+    need_dlogit_scale, need_dpad = needs.dlogit_scale, needs.dpad
+    return _TiledBackward(
+        launch(backward_dq_kernel, dq_grid, dq, grad_stride=stride, NEED_DLOGIT_SCALE=need_dlogit_scale, **dq_placed),
+        query_tiles * dq_placed["shares"],
+        launch(backward_dkdv_kernel, dkdv_grid, dkdv, grad_stride=stride, NEED_DPAD=need_dpad, **dkdv_placed),
+        key_tiles * dkdv_placed["shares"],
+        launch(backward_dbias_kernel, (pinned, shares, 1), dbias),
+        shares,
+        extent,
+    )

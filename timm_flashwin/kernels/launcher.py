@@ -1,39 +1,71 @@
-"""Launching a compiled kernel again without Triton's work of finding it, which takes longer than most kernels run."""
+"""Launching a kernel with next to nothing done twice: Triton's way to a launch takes longer than most kernels run."""
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-_MAX_KNOWN = 4096  # arguments of every size that comes up are remembered: a bound for who never sees one twice
+_MAX_REMEMBERED = 4096  # launches of each kind: sizes that come up are remembered, with a bound for ever new ones
 # Older launchers take other arguments than the newer ones, and always go the long way.
 _REMEMBERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-_known = {}
+_caches = []
 
 
-def launch(kernel, grid: tuple[int, ...], arguments: dict) -> None:
-    """`kernel[grid](**arguments)`, on the current device, which is that of the tensors.
+class Launch:
+    """A kernel with its grid and all of its arguments but the tensors: called with those, it runs.
 
-    Triton compiles by the dtypes of tensors, by whether they begin at a multiple of 16 bytes, and by properties of the
-    numbers. Here the numbers themselves are the key, so that finding the kernel is one look into a dictionary.
+    The tensors come first among the arguments of every kernel, and their names end in `_ptr`. From call to call they
+    keep their dtypes and their device, which is the current one. Triton compiles by whether an address is a multiple of
+    16 bytes, so here that is all there is to look at.
     """
-    key = (
-        kernel.fn,
-        *[
-            (x.dtype, x.device, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else x
-            for x in arguments.values()
-        ],
-    )
-    compiled = _known.get(key)
-    if compiled is not None:
-        compiled[grid](*[arguments[name] for name in kernel.arg_names])
-        return
-    compiled = kernel[grid](**arguments)
-    if _REMEMBERS and isinstance(compiled, triton.compiler.CompiledKernel):  # what the interpreter ran is not compiled
-        if len(_known) >= _MAX_KNOWN:
-            _known.clear()
-        _known[key] = compiled
+
+    def __init__(self, kernel, grid: tuple[int, int, int], arguments: dict, offsets: dict[str, int] | None = None):
+        """`arguments`: by name, Triton's options among them. `offsets`: of tensors that the kernel shall see from
+        another element on than their first."""
+        self._kernel, self._grid, self._arguments = kernel, grid, arguments
+        tensors = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        self._offsets = [(offsets or {}).get(name, 0) for name in tensors]
+        self._numbers = [arguments[name] for name in kernel.arg_names[len(tensors) :]]
+        self._bytes = None  # the offsets, once the dtypes are seen
+        self._compiled = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        if self._bytes is None:
+            self._bytes = [offset * x.element_size() for offset, x in zip(self._offsets, tensors, strict=True)]
+        # Addresses, not tensors: Triton's launcher would ask the driver about every one of those.
+        addresses = [x.data_ptr() + offset for x, offset in zip(tensors, self._bytes, strict=True)]
+        aligned = tuple([address % 16 == 0 for address in addresses])
+        compiled = self._compiled.get(aligned)
+        if compiled is not None:
+            compiled(*addresses, *self._numbers)
+            return
+        shifted = [
+            x.as_strided((1,), (1,), x.storage_offset() + offset) if offset else x
+            for x, offset in zip(tensors, self._offsets, strict=True)
+        ]
+        compiled = self._kernel[self._grid](*shifted, **self._arguments)
+        if _REMEMBERS and isinstance(compiled, triton.compiler.CompiledKernel):  # not so what the interpreter ran
+            self._compiled[aligned] = compiled[self._grid]
+
+
+def remembered(build):
+    """Make a function that builds a launch (or a few) build it once for each set of arguments."""
+    cached = functools.lru_cache(maxsize=_MAX_REMEMBERED)(build)
+    _caches.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """Build every launch anew: for who changes what they are built from, such as the settings."""
+    for cached in _caches:
+        cached.cache_clear()
 
 
 def acc_type(dtype: torch.dtype) -> tl.dtype:
     """What a kernel takes sums of `dtype` in."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dtype_of(x: torch.Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype

@@ -7,14 +7,12 @@ over the row in registers; the backward takes them once more, from what was norm
 Shapes stand at the end of the line: m is rows (tokens) of a tile, c channels.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from ..geometry import cdiv
-from .launcher import acc_type, launch
+from .launcher import Launch, acc_type, dtype_of, remembered
 from .settings import multiprocessors_of
 
 _TILE = 2048  # elements a program works on at a time: 16 a thread
@@ -137,13 +135,6 @@ def scaled(y, y_scale_ptr, row, rows, rows_per_sample, ACC: tl.constexpr):
     return (y.to(ACC) * factor[:, None]).to(y.dtype)
 
 
-@functools.cache
-def _blocks(C: int) -> tuple[int, int, int]:
-    """(rows of a tile, its channels, warps)."""
-    block_c = triton.next_power_of_2(C)
-    return max(1, _TILE // block_c), block_c, 4 if block_c <= 2 * _TILE else 8
-
-
 _TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -154,29 +145,32 @@ _TRITON_DTYPES = {
 
 def launch_add_layer_norm(x, y, y_scale, weight, bias, total, out, eps: float) -> None:
     """Fill `total` (x + y * y_scale, where there is a `y`) and `out`, its layer norm; all contiguous, [B, ..., C]."""
-    C = x.shape[-1]
-    rows = x.numel() // C
-    block_m, block_c, warps = _blocks(C)
-    arguments = dict(
-        x_ptr=x, y_ptr=x if y is None else y, y_scale_ptr=x if y_scale is None else y_scale, weight_ptr=weight,
-        bias_ptr=bias, sum_ptr=x if y is None else total, out_ptr=out, rows=rows, rows_per_sample=rows // x.shape[0],
-        eps=eps, C=C, BLOCK_M=block_m, BLOCK_C=block_c, HAS_Y=y is not None, HAS_Y_SCALE=y_scale is not None,
-        ACC=acc_type(x.dtype), num_warps=warps,
-    )  # fmt: skip
-    launch(add_layer_norm_kernel, (cdiv(rows, block_m), 1, 1), arguments)
+    dtypes = tuple([dtype_of(t) for t in (x, y, y_scale, weight, bias, out)])
+    launch = _add_layer_norm(_sizes(x), eps, dtypes, x.device)
+    launch(x, x if y is None else y, x if y_scale is None else y_scale, weight, bias, x if y is None else total, out)
+
+
+@remembered
+def _add_layer_norm(sizes: tuple[int, int, int], eps: float, dtypes: tuple, device) -> Launch:
+    x, y, y_scale, *_ = dtypes
+    arguments, block_m = _arguments(sizes, eps, x)
+    arguments |= dict(HAS_Y=y is not None, HAS_Y_SCALE=y_scale is not None)
+    return Launch(add_layer_norm_kernel, (cdiv(sizes[0], block_m), 1, 1), arguments)
 
 
 def launch_layer_norm_add(x, y, y_scale, weight, bias, out, eps: float, normed_dtype: torch.dtype) -> None:
     """Fill `out` with x + layer_norm(y) * y_scale, the norm rounded to `normed_dtype`; all contiguous, [B, ..., C]."""
-    C = x.shape[-1]
-    rows = x.numel() // C
-    block_m, block_c, warps = _blocks(C)
-    arguments = dict(
-        x_ptr=x, y_ptr=y, y_scale_ptr=x if y_scale is None else y_scale, weight_ptr=weight, bias_ptr=bias, out_ptr=out,
-        rows=rows, rows_per_sample=rows // x.shape[0], eps=eps, C=C, BLOCK_M=block_m, BLOCK_C=block_c,
-        HAS_Y_SCALE=y_scale is not None, NORMED=_TRITON_DTYPES[normed_dtype], ACC=acc_type(y.dtype), num_warps=warps,
-    )  # fmt: skip
-    launch(layer_norm_add_kernel, (cdiv(rows, block_m), 1, 1), arguments)
+    dtypes = tuple([dtype_of(t) for t in (x, y, y_scale, weight, bias, out)])
+    launch = _layer_norm_add(_sizes(x), eps, dtypes, normed_dtype, x.device)
+    launch(x, y, x if y_scale is None else y_scale, weight, bias, out)
+
+
+@remembered
+def _layer_norm_add(sizes: tuple[int, int, int], eps: float, dtypes: tuple, normed_dtype, device) -> Launch:
+    _, y, y_scale, *_ = dtypes
+    arguments, block_m = _arguments(sizes, eps, y)
+    arguments |= dict(HAS_Y_SCALE=y_scale is not None, NORMED=_TRITON_DTYPES[normed_dtype])
+    return Launch(layer_norm_add_kernel, (cdiv(sizes[0], block_m), 1, 1), arguments)
 
 
 def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps: float):
@@ -184,18 +178,41 @@ def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps
 
     `total` is what was normalised; `dtotal` its gradient from elsewhere, or None.
     """
-    C = total.shape[-1]
-    rows = total.numel() // C
-    block_m, block_c, warps = _blocks(C)
-    programs = min(cdiv(rows, block_m), _PROGRAMS_PER_SM * multiprocessors_of(total.device))
-    partial = total.new_empty(2, programs, C, dtype=torch.promote_types(total.dtype, torch.float32))
-    arguments = dict(
-        dsum_ptr=dout if dtotal is None else dtotal, dout_ptr=dout, sum_ptr=total,
-        y_scale_ptr=total if y_scale is None else y_scale, weight_ptr=weight,
-        dx_ptr=dx, dy_ptr=dx if dy is None else dy,
-        dweight_ptr=partial[0], dbias_ptr=partial[1], rows=rows, rows_per_sample=rows // total.shape[0], eps=eps,
-        C=C, BLOCK_M=block_m, BLOCK_C=block_c, HAS_DSUM=dtotal is not None, HAS_Y=dy is not None,
-        HAS_Y_SCALE=y_scale is not None, ACC=acc_type(total.dtype), num_warps=warps,
+    dtypes = tuple([dtype_of(t) for t in (total, dtotal, dout, y_scale, weight, dx, dy)])
+    launch, programs = _layer_norm_backward(_sizes(total), eps, dtypes, total.device)
+    acc_dtype = torch.promote_types(total.dtype, torch.float32)
+    dweight, dbias = total.new_empty(2, programs, total.shape[-1], dtype=acc_dtype).unbind(0)
+    launch(
+        dout if dtotal is None else dtotal, dout, total, total if y_scale is None else y_scale, weight,
+        dx, dx if dy is None else dy, dweight, dbias,
     )  # fmt: skip
-    launch(layer_norm_backward_kernel, (programs, 1, 1), arguments)
-    return partial[0].sum(dim=0), partial[1].sum(dim=0)
+    return dweight.sum(dim=0), dbias.sum(dim=0)
+
+
+@remembered
+def _layer_norm_backward(sizes: tuple[int, int, int], eps: float, dtypes: tuple, device) -> tuple[Launch, int]:
+    """(launch, how many programs write partial sums)."""
+    total, dtotal, _, y_scale, _, _, dy = dtypes
+    arguments, block_m = _arguments(sizes, eps, total)
+    arguments |= dict(HAS_DSUM=dtotal is not None, HAS_Y=dy is not None, HAS_Y_SCALE=y_scale is not None)
+    programs = min(cdiv(sizes[0], block_m), _PROGRAMS_PER_SM * multiprocessors_of(device))
+    return Launch(layer_norm_backward_kernel, (programs, 1, 1), arguments), programs
+
+
+def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
+    """(rows, rows of a sample, C) of [B, ..., C]."""
+    C = x.shape[-1]
+    rows = x.numel() // C
+    return rows, rows // x.shape[0], C
+
+
+def _arguments(sizes: tuple[int, int, int], eps: float, dtype: torch.dtype) -> tuple[dict, int]:
+    """(arguments that the three kernels have, rows of a tile); `dtype` is what is normalised."""
+    rows, rows_per_sample, C = sizes
+    block_c = triton.next_power_of_2(C)
+    block_m = max(1, _TILE // block_c)
+    arguments = dict(
+        rows=rows, rows_per_sample=rows_per_sample, eps=eps, C=C, BLOCK_M=block_m, BLOCK_C=block_c,
+        ACC=acc_type(dtype), num_warps=4 if block_c <= 2 * _TILE else 8,
+    )  # fmt: skip
+    return arguments, block_m

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import cdiv
-from .launcher import acc_type, launch
+from .launcher import Launch, acc_type, remembered
 
 _TILE = 2048  # elements a program has in flight: 16 a thread, and several such programs fill a multiprocessor
 _MAX_BLOCK_HEADS = 32
@@ -74,26 +74,35 @@ def relative_position_bias_backward_kernel(
 
 def launch_relative_position_bias(table: torch.Tensor, bias: torch.Tensor, window_size: tuple[int, int]) -> None:
     """Fill `bias` [num_heads, N, N] from `table` [(2 * Wh - 1) * (2 * Ww - 1), num_heads]; both are contiguous."""
-    num_heads, N, _ = bias.shape
+    _relative_position_bias(bias.shape[0], window_size, table.dtype, table.device)(table, bias)
+
+
+@remembered
+def _relative_position_bias(num_heads: int, window_size: tuple[int, int], dtype, device) -> Launch:
+    N = window_size[0] * window_size[1]
     block_heads = min(triton.next_power_of_2(num_heads), _MAX_BLOCK_HEADS)
     block_pairs = _TILE // block_heads
     grid = cdiv(N * N, block_pairs), cdiv(num_heads, block_heads), 1
     arguments = dict(
-        table_ptr=table, bias_ptr=bias, num_heads=num_heads, WINDOW_H=window_size[0], WINDOW_W=window_size[1],
+        num_heads=num_heads, WINDOW_H=window_size[0], WINDOW_W=window_size[1],
         BLOCK_PAIRS=block_pairs, BLOCK_HEADS=block_heads, num_warps=4,
     )  # fmt: skip
-    launch(relative_position_bias_kernel, grid, arguments)
+    return Launch(relative_position_bias_kernel, grid, arguments)
 
 
 def launch_relative_position_bias_backward(
     dbias: torch.Tensor, dtable: torch.Tensor, window_size: tuple[int, int]
 ) -> None:
     """Fill `dtable` [(2 * Wh - 1) * (2 * Ww - 1), num_heads] from `dbias` [num_heads, N, N]; both are contiguous."""
-    num_heads, N, _ = dbias.shape
+    _relative_position_bias_backward(dbias.shape[0], window_size, dbias.dtype, dbias.device)(dbias, dtable)
+
+
+@remembered
+def _relative_position_bias_backward(num_heads: int, window_size: tuple[int, int], dtype, device) -> Launch:
     block_n = triton.next_power_of_2(2 * window_size[1] - 1)
-    block_m = min(triton.next_power_of_2(N), max(1, _TILE // block_n))
+    block_m = min(triton.next_power_of_2(window_size[0] * window_size[1]), max(1, _TILE // block_n))
     arguments = dict(
-        dbias_ptr=dbias, dtable_ptr=dtable, num_heads=num_heads, WINDOW_H=window_size[0], WINDOW_W=window_size[1],
-        BLOCK_M=block_m, BLOCK_N=block_n, ACC=acc_type(dbias.dtype), num_warps=4,
+        num_heads=num_heads, WINDOW_H=window_size[0], WINDOW_W=window_size[1],
+        BLOCK_M=block_m, BLOCK_N=block_n, ACC=acc_type(dtype), num_warps=4,
     )  # fmt: skip
-    launch(relative_position_bias_backward_kernel, (num_heads, 2 * window_size[0] - 1, 1), arguments)
+    return Launch(relative_position_bias_backward_kernel, (num_heads, 2 * window_size[0] - 1, 1), arguments)

@@ -1,7 +1,5 @@
 """The norms of a block, and the residual adds beside them, in one pass each."""
 
-from collections.abc import Callable
-
 import torch
 from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
@@ -52,9 +50,9 @@ def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Modul
     return ops.layer_norm_add(x, y, _sample_scale(drop_path, y, dtype), norm.weight, norm.bias, norm.eps, dtype)
 
 
-def post_norm_branches(block: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    """Both branches of a block of V2 or V2-CR, whose attention is `attend`: from the map [B, H, W, C] to tokens."""
-    x = layer_norm_add(block.norm1, x, attend(x), block.drop_path1)
+def post_norm_branches(block: nn.Module, x: Tensor) -> Tensor:
+    """Both branches of a block of V2 or V2-CR whose norms the kernels take: from the map [B, H, W, C] to tokens."""
+    x = layer_norm_add(block.norm1, x, block.attn(x, shift_size=block.shift_size), block.drop_path1)
     tokens = x.flatten(1, 2)  # B, H * W, C
     return layer_norm_add(block.norm2, tokens, block.mlp(tokens), block.drop_path2)
 
