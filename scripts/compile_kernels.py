@@ -20,7 +20,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from timm_flashwin.kernels import launch, launcher, layer_norm, needs_stats, relative_position, settings
+from timm_flashwin.kernels import (
+    continuous_position,
+    launch,
+    launcher,
+    layer_norm,
+    needs_stats,
+    relative_position,
+    settings,
+)
 
 # Shared memory one block may use, in bytes: CUDA programming guide, "Technical Specifications per Compute Capability";
 # for gfx942 the 64 KiB LDS of a compute unit (AMD CDNA 3 ISA).
@@ -136,6 +144,11 @@ def _run(case: Case) -> None:
     bias = torch.zeros(num_heads, N, N, dtype=case.dtype)
     relative_position.launch_relative_position_bias(table, bias, (case.window, case.window))
     relative_position.launch_relative_position_bias_backward(bias, table, (case.window, case.window))
+    weights = [torch.zeros(shape, dtype=case.dtype) for shape in ((512, 2), (512,), (num_heads, 512), (num_heads,))]
+    for coordinates, bounded in ((torch.zeros(len(table), 2), True), (torch.zeros(N * N, 2), False)):
+        continuous_position.launch_continuous_position_table(
+            coordinates, *weights, table, (case.window, case.window), bounded
+        )
     x, y, C = torch.zeros_like(out, dtype=torch.float32), out, out.shape[-1]  # as under autocast
     weight, scale = torch.zeros(C), torch.zeros(out.shape[0], dtype=case.dtype)
     layer_norm.launch_add_layer_norm(x, y, scale, weight, weight, x, y, 1e-5)

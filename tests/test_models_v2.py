@@ -16,6 +16,7 @@ from timm.models import swin_transformer_v2, swin_transformer_v2_cr
 
 import timm_flashwin
 from timm_flashwin import functional
+from timm_flashwin.geometry import distance_rows
 from timm_flashwin.models.accelerate import accelerate
 from timm_flashwin.models.registry import flashwin_names
 
@@ -346,28 +347,31 @@ def timms_bias(attention):
     return seen[0][0]
 
 
-def make_attention(family, window=(4, 6)):
+def make_attention(family, window=(4, 6), impl="reference"):
     attention = ATTENTIONS[family](32, window_size=window, num_heads=2).to(KERNEL_DEVICE).eval()
     for parameter in (attention.cpb_mlp if family == V2 else attention.meta_mlp).parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    accelerate(attention, impl="reference")
+    accelerate(attention, impl=impl)
     return attention
 
 
+both_implementations = pytest.mark.parametrize("impl", ["reference", "triton"])
 WINDOWS = [(4, 6), (6, 4), (7, 7), (2, 3)]
 
 
+@both_implementations
 @pytest.mark.parametrize("family, window", [(f, w) for f in FAMILIES for w in WINDOWS] + [(CR, (1, 5)), (CR, (1, 1))])
-def test_bias_is_timms(family, window):
-    attention = make_attention(family, window)
+def test_bias_is_timms(family, window, impl, ieee, poisoned):
+    attention = make_attention(family, window, impl)
     ours, expected = attention._position_bias(), timms_bias(attention)
     assert ours.is_contiguous() and ours.shape == expected.shape
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@both_implementations
 @pytest.mark.parametrize("family, window", [(V2, (5, 3)), (CR, (6, 4))])
-def test_bias_follows_weights_and_window(family, window):
-    attention = make_attention(family, (4, 6))
+def test_bias_follows_weights_and_window(family, window, impl, ieee):
+    attention = make_attention(family, (4, 6), impl)
     before = attention._position_bias()
     with torch.no_grad():
         for parameter in (attention.cpb_mlp if family == V2 else attention.meta_mlp).parameters():
@@ -378,9 +382,34 @@ def test_bias_follows_weights_and_window(family, window):
     torch.testing.assert_close(attention._position_bias(), timms_bias(attention), rtol=1e-5, atol=1e-6)
 
 
+@both_implementations
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_the_bias_mlp_are_float64s(family, impl, ieee):
+    attention = make_attention(family, impl=impl)
+    parameters = list((attention.cpb_mlp if family == V2 else attention.meta_mlp).parameters())
+    exact = copy.deepcopy(attention).double()
+    exact.impl = "reference"
+    exacts = list((exact.cpb_mlp if family == V2 else exact.meta_mlp).parameters())
+    dbias = torch.randn(2, 24, 24, device=KERNEL_DEVICE)
+    grads = torch.autograd.grad(attention._position_bias(), parameters, dbias)
+    for our, expected in zip(grads, torch.autograd.grad(exact._position_bias(), exacts, dbias.double()), strict=True):
+        assert our.dtype == torch.float32 and relative_error(our, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bias_mlp_is_called_where_somebody_could_tell(family):
+    attention = make_attention(family, impl="triton")
+    mlp = attention.cpb_mlp if family == V2 else attention.meta_mlp
+    seen = []
+    for module in mlp.modules():
+        module.register_forward_hook(lambda module, args, output: seen.append(module))
+    attention._position_bias()
+    assert set(seen) == set(mlp.modules())
+
+
 def test_crs_bias_mlp_sees_each_relative_position_once_where_nothing_can_tell():
     attention = make_attention(CR, (4, 6))
-    coordinates = attention._relative_coordinates()
+    coordinates = distance_rows(attention.relative_coordinates_log, attention.window_size)
     assert coordinates.shape == (7 * 11, 2) and coordinates.unique(dim=0).shape == coordinates.shape
     assert torch.equal(coordinates.unique(dim=0), attention.relative_coordinates_log.unique(dim=0))
 

@@ -41,6 +41,17 @@ def test_opcheck_of_windowed_sdpa(save_stats, N, cosine, kernel_device, ieee):
     torch.library.opcheck(torch.ops.timm_flashwin.windowed_sdpa.default, arguments)
 
 
+@pytest.mark.parametrize("of_pairs, bounded", [(False, True), (True, False)], ids=["v2", "v2_cr"])
+def test_opcheck_of_continuous_position_table(of_pairs, bounded, kernel_device, ieee):
+    Wh, Ww, hidden, num_heads = 3, 4, 24, 3
+    rows = (Wh * Ww) ** 2 if of_pairs else (2 * Wh - 1) * (2 * Ww - 1)
+    coordinates = torch.randn(rows, 2, device=kernel_device)
+    shapes = (hidden, 2), (hidden,), (num_heads, hidden), (num_heads,)
+    *parameters, bias2 = (torch.randn(shape, device=kernel_device, requires_grad=True) for shape in shapes)
+    arguments = coordinates, *parameters, bias2 if of_pairs else None, (Wh, Ww), bounded, torch.float32
+    torch.library.opcheck(torch.ops.timm_flashwin.continuous_position_table.default, arguments)
+
+
 def test_double_backward_raises(kernel_device):
     qkv = torch.randn(1, 4, 4, 3 * 16, device=kernel_device, requires_grad=True)
     out = timm_flashwin.window_attention(qkv, 1, 4, impl="triton")

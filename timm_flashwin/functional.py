@@ -269,6 +269,12 @@ def _use_kernels(
     return False
 
 
+def kernels_serve(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int) -> bool:
+    """Whether `impl` takes the kernels for such a call, without a word where it does not."""
+    choose = fallback_reason if impl == "auto" else refusal
+    return impl != "reference" and choose(device, dtype, head_dim, window_area) is None
+
+
 def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int) -> str | None:
     """Why `impl="auto"` takes plain PyTorch for such a call, in words for the user; None where it takes the kernels."""
     if device.type == "cpu":  # Triton's interpreter, which impl="triton" may use, is for tests

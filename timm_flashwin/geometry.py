@@ -62,6 +62,23 @@ def relative_position_index(window_size: tuple[int, int], device: torch.device |
     return (dy + Wh - 1) * (2 * Ww - 1) + dx + Ww - 1  # N, N
 
 
+def distance_rows(pairs: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
+    """The coordinates of every distance of two tokens, in the order of the table, out of those of every pair.
+
+    Args:
+        pairs: [N * N, 2], where the first coordinate follows from the two tokens' rows, the second from their columns.
+
+    Returns:
+        [(2 * Wh - 1) * (2 * Ww - 1), 2]. The differences to the last row (column) are 0 and below, those to the first
+        0 and above.
+    """
+    Wh, Ww = window_size
+    pairs = pairs.view(Wh, Ww, Wh, Ww, 2)  # row and column of the query, then of the key
+    rows = torch.cat([pairs[:-1, 0, -1, 0, 0], pairs[:, 0, 0, 0, 0]])  # 2*Wh - 1
+    columns = torch.cat([pairs[0, :-1, 0, -1, 1], pairs[0, :, 0, 0, 1]])  # 2*Ww - 1
+    return torch.cartesian_prod(rows, columns)
+
+
 def region_ids(
     size: tuple[int, int],
     window_size: tuple[int, int],

@@ -3,8 +3,9 @@
 Triton is imported on the first launch.
 
 `timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows,
-`timm_flashwin::relative_position_bias` makes the bias of both. `timm_flashwin::add_layer_norm` and
-`timm_flashwin::layer_norm_add` are the residual add with the norm after or before it. Each has a `_backward` beside it.
+`timm_flashwin::relative_position_bias` makes the bias of both, from a table which `continuous_position_table` makes for
+the V2 family. `timm_flashwin::add_layer_norm` and `timm_flashwin::layer_norm_add` are the residual add with the norm
+after or before it. Each but the table's has a `_backward` beside it.
 They take what their callers have validated.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from .geometry import num_windows
+from .geometry import distance_rows, num_windows
 
 _GEOMETRY = "int num_heads, int[2] window_size, int[2] shift_size, float scale"
 _library = torch.library.Library("timm_flashwin", "DEF")
@@ -41,6 +42,10 @@ _library.define(
 )
 _library.define("relative_position_bias(Tensor table, int[2] window_size) -> Tensor")
 _library.define("relative_position_bias_backward(Tensor dbias, int[2] window_size) -> Tensor")
+_library.define(
+    "continuous_position_table(Tensor coordinates, Tensor weight1, Tensor bias1, Tensor weight2, Tensor? bias2, "
+    "int[2] window_size, bool bounded, ScalarType dtype) -> Tensor"
+)
 _library.define(
     "add_layer_norm(Tensor x, Tensor? y, Tensor? y_scale, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
     "-> (Tensor, Tensor)"
@@ -69,7 +74,9 @@ def _implement(name: str, kernel, fake, backward=None, setup_context=None, num_a
     torch.library.register_fake(f"timm_flashwin::{name}", fake, lib=_library)
 
     def without_tangents(ctx, *grads):
-        if any(grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads):
+        if forward_ad._current_level >= 0 and any(
+            grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads
+        ):
             raise NotImplementedError(f"timm_flashwin::{name} has no forward-mode derivative; " + _WAY_OUT)
         return backward(ctx, *grads)
 
@@ -416,6 +423,57 @@ relative_position_bias_backward = _implement(
     _relative_position_bias_backward_fake,
     _relative_position_bias_double_autograd,
     _relative_position_bias_setup_context,
+)
+
+
+# --------------------------------------------------------------------------------- continuous_position_table
+
+
+def _continuous_position_table(coordinates, weight1, bias1, weight2, bias2, window_size, bounded, dtype):
+    from .kernels.continuous_position import launch_continuous_position_table
+
+    inputs = (coordinates, weight1, bias1, weight2, bias2)
+    table = _continuous_position_table_fake(*inputs, window_size, bounded, dtype)
+    contiguous = [None if t is None else t.contiguous() for t in inputs]
+    with _device_guard(weight1):
+        launch_continuous_position_table(*contiguous, table, tuple(window_size), bounded)
+    return table
+
+
+def _continuous_position_table_fake(coordinates, weight1, bias1, weight2, bias2, window_size, bounded, dtype):
+    rows = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
+    return weight1.new_empty(rows, weight2.shape[0], dtype=dtype)
+
+
+def _continuous_position_table_setup_context(ctx, inputs, output):
+    *tensors, ctx.window_size, ctx.bounded, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _continuous_position_table_autograd(ctx, dtable):
+    """In PyTorch: a few products of a few hundred rows, whatever the batch."""
+    tensors = ctx.saved_tensors
+    wide = [None if t is None else t.to(_acc_dtype(tensors[1])) for t in tensors]
+    coordinates, weight1, bias1, weight2, bias2 = wide
+    if coordinates.shape[0] != dtable.shape[0]:
+        coordinates = distance_rows(coordinates, ctx.window_size)
+    hidden = torch.relu(torch.nn.functional.linear(coordinates, weight1, bias1))
+    dtable = dtable.to(hidden.dtype)
+    if ctx.bounded:
+        share = torch.sigmoid(torch.nn.functional.linear(hidden, weight2, bias2))
+        dtable = 16 * dtable * share * (1 - share)
+    dhidden = torch.where(hidden > 0, dtable @ weight2, 0)
+    sums = dhidden.T @ coordinates, dhidden.sum(dim=0), dtable.T @ hidden, dtable.sum(dim=0)
+    grads = [None if x is None else total.to(x.dtype) for total, x in zip(sums, tensors[1:], strict=True)]
+    return None, *grads, None, None, None
+
+
+continuous_position_table = _implement(
+    "continuous_position_table",
+    _continuous_position_table,
+    _continuous_position_table_fake,
+    _continuous_position_table_autograd,
+    _continuous_position_table_setup_context,
 )
 
 

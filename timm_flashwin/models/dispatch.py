@@ -109,6 +109,12 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nobody could tell that `module` is not called: no hook, and no `forward` of the instance's own."""
+    backward_hooks = module._backward_hooks or module._backward_pre_hooks
+    return not (is_hooked(module) or backward_hooks or "forward" in module.__dict__)
+
+
 def drops(module: nn.Module) -> bool:
     """Whether `module` is a dropout that drops."""
     return isinstance(module, nn.Dropout) and module.training and module.p > 0.0

@@ -5,8 +5,8 @@ from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 
 from .. import ops
-from ..functional import refusal
-from .dispatch import is_hooked, takes_map
+from ..functional import kernels_serve
+from .dispatch import is_untouched, takes_map
 
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 
@@ -20,11 +20,7 @@ def fuses_norms(block: nn.Module, x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and takes_map(block.attn, x)
-        and block.attn.impl != "reference"
-        and (
-            block.attn.impl == "auto"
-            or refusal(x.device, ops.compute_dtype(x), block.attn.head_dim, block.attn.num_tokens) is None
-        )
+        and kernels_serve(block.attn.impl, x.device, ops.compute_dtype(x), block.attn.head_dim, block.attn.num_tokens)
         and _is_plain_norm(block.norm1, x.shape[-1])
         and _is_plain_norm(block.norm2, x.shape[-1])
         and _is_plain_drop_path(block.drop_path1)
@@ -65,13 +61,7 @@ def _sample_scale(drop_path: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _is_plain_drop_path(drop_path: nn.Module) -> bool:
-    return type(drop_path) in (DropPath, nn.Identity) and _is_untouched(drop_path)
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether nobody could tell that `module` is not called: no hook, and no `forward` of the instance's own."""
-    backward_hooks = module._backward_hooks or module._backward_pre_hooks
-    return not (is_hooked(module) or backward_hooks or "forward" in module.__dict__)
+    return type(drop_path) in (DropPath, nn.Identity) and is_untouched(drop_path)
 
 
 def _is_plain_norm(norm: nn.Module, channels: int) -> bool:
@@ -81,5 +71,5 @@ def _is_plain_norm(norm: nn.Module, channels: int) -> bool:
         and norm.weight is not None
         and norm.bias is not None
         and not getattr(norm, "_fast_norm", False)  # which rounds before it normalises
-        and _is_untouched(norm)
+        and is_untouched(norm)
     )

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..functional import relative_position_bias
 from .dispatch import FlashAttention, takes_map
 from .norms import fuses_norms, post_norm_branches
+from .position_mlp import position_table
 
 
 class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
@@ -44,8 +45,16 @@ class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
 
     def _position_bias(self) -> torch.Tensor:
         """timm's bias; what is elementwise is done before the gather, where a window has fewer elements."""
-        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)  # (2*Wh-1) * (2*Ww-1), num_heads
-        return relative_position_bias(16 * torch.sigmoid(table), self.window_size, self.impl)
+        return relative_position_bias(self._position_table(), self.window_size, self.impl)
+
+    def _position_table(self) -> torch.Tensor:  # (2*Wh-1) * (2*Ww-1), num_heads
+        mlp = self.cpb_mlp
+        if type(mlp) is nn.Sequential and tuple(map(type, mlp)) == (nn.Linear, nn.ReLU, nn.Linear):
+            coordinates = self.relative_coords_table.view(-1, 2)
+            table = position_table(self, mlp[0], mlp[2], (mlp, mlp[1]), coordinates, bounded=True)
+            if table is not None:
+                return table
+        return 16 * torch.sigmoid(mlp(self.relative_coords_table).view(-1, self.num_heads))
 
     def _weight_modules(self) -> tuple[nn.Module, ...]:
         return self.softmax, self.attn_drop

@@ -10,8 +10,10 @@ from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, WindowM
 from torch import nn
 
 from ..functional import relative_position_bias
+from ..geometry import distance_rows
 from .dispatch import FlashAttention, drops, is_hooked, takes_map
 from .norms import fuses_norms, post_norm_branches
+from .position_mlp import position_table
 
 _ROW_BY_ROW = (Mlp, nn.Linear, nn.ReLU, nn.Dropout, nn.Identity)  # the modules of timm's meta_mlp
 
@@ -33,8 +35,16 @@ class FlashSwinV2CrWindowAttention(FlashAttention, WindowMultiHeadAttention):
         """timm's bias, from one row a relative position instead of one a pair of tokens where that is the same."""
         if "_relative_positional_encodings" in self.__dict__ or not self._meta_mlp_is_plain():
             return self._relative_positional_encodings().squeeze(0)
-        table = self.meta_mlp(self._relative_coordinates())  # (2*Wh-1) * (2*Ww-1), num_heads
-        return relative_position_bias(table, self.window_size, self.impl)
+        return relative_position_bias(self._position_table(), self.window_size, self.impl)
+
+    def _position_table(self) -> torch.Tensor:  # (2*Wh-1) * (2*Ww-1), num_heads
+        mlp, pairs = self.meta_mlp, self.relative_coordinates_log  # of every pair of tokens: N * N, 2
+        if type(mlp) is Mlp and type(mlp.act) is nn.ReLU and type(mlp.norm) is nn.Identity:
+            others = (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
+            table = position_table(self, mlp.fc1, mlp.fc2, others, pairs, bounded=False)
+            if table is not None:
+                return table
+        return mlp(distance_rows(pairs, self.window_size))
 
     def _meta_mlp_is_plain(self) -> bool:
         """Whether equal rows of `meta_mlp` give equal rows, and nobody counts them; active dropout draws for each."""
@@ -42,19 +52,6 @@ class FlashSwinV2CrWindowAttention(FlashAttention, WindowMultiHeadAttention):
             type(module) in _ROW_BY_ROW and not is_hooked(module) and not drops(module)
             for module in self.meta_mlp.modules()
         )
-
-    def _relative_coordinates(self) -> torch.Tensor:
-        """The rows of `relative_coordinates_log` without repetition, in the order of a relative position table.
-
-        Returns:
-            [(2 * Wh - 1) * (2 * Ww - 1), 2]: the coordinates depend on the difference of the rows and of the columns of
-            two tokens alone. The differences to the last row (column) are 0 and below, those to the first 0 and above.
-        """
-        Wh, Ww = self.window_size
-        pairs = self.relative_coordinates_log.view(Wh, Ww, Wh, Ww, 2)  # row and column of the query, then of the key
-        rows = torch.cat([pairs[:-1, 0, -1, 0, 0], pairs[:, 0, 0, 0, 0]])  # 2*Wh - 1
-        columns = torch.cat([pairs[0, :-1, 0, -1, 1], pairs[0, :, 0, 0, 1]])  # 2*Ww - 1
-        return torch.cartesian_prod(rows, columns)
 
     def _weight_modules(self) -> tuple[nn.Module, ...]:
         return (self.attn_drop,)  # its softmax is no module

@@ -1,0 +1,40 @@
+"""The MLP of the relative position bias of the V2 family: in one launch where its modules are timm's, untouched."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..functional import kernels_serve
+from .dispatch import is_untouched
+
+
+def position_table(
+    attention: nn.Module, linear1: nn.Linear, linear2: nn.Linear, others: tuple, coordinates: Tensor, bounded: bool
+) -> Tensor | None:
+    """The MLP's rows for every distance of two tokens of `attention`: [(2 * Wh - 1) * (2 * Ww - 1), num_heads].
+
+    Args:
+        attention: The attention the MLP belongs to.
+        linear1, linear2: Its two Linears, with a ReLU between them.
+        others: The MLP itself and all that is in it beside the Linears, of the types that timm gives them.
+        coordinates: [rows of the table, 2], or of every pair of tokens [N * N, 2].
+        bounded: Whether 16 * sigmoid of the MLP is wanted.
+
+    Returns:
+        The table in the dtype in which a Linear returns it; None where the modules themselves have to be called: for a
+        compiler, which fuses them by itself, and where somebody could tell that they are not.
+    """
+    weight = linear1.weight
+    if torch.compiler.is_compiling() or not kernels_serve(
+        attention.impl, weight.device, weight.dtype, None, attention.num_tokens
+    ):
+        return None
+    linears = (linear1, linear2)
+    if any([type(linear) is not nn.Linear for linear in linears]) or linear1.bias is None:
+        return None
+    if not all([is_untouched(module) for module in (*linears, *others)]):
+        return None
+    return ops.continuous_position_table(
+        coordinates, weight, linear1.bias, linear2.weight, linear2.bias, attention.window_size, bounded,
+        ops.compute_dtype(weight),
+    )  # fmt: skip
