@@ -516,9 +516,9 @@ def _add_layer_norm_autograd(ctx, dsum, dout):
 def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dtype):
     from .kernels.layer_norm import launch_layer_norm_backward
 
-    dx, dy, dweight, dbias = _add_layer_norm_backward_fake(dsum, dout, total, y_scale, weight, bias, eps, y_dtype)
+    dx, dy = _empty_dx_dy(total, y_dtype)
     if not total.numel():
-        return dx, dy, dweight.zero_(), dbias.zero_()
+        return dx, dy, torch.zeros_like(weight), torch.zeros_like(bias)
     dsum, dout, total, y_scale, scale = (
         None if t is None else t.contiguous() for t in (dsum, dout, total, y_scale, weight)
     )
@@ -528,8 +528,13 @@ def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dt
 
 
 def _add_layer_norm_backward_fake(dsum, dout, total, y_scale, weight, bias, eps, y_dtype):
-    dy = _none(total) if y_dtype is None else total.new_empty(total.shape, dtype=y_dtype)
-    return total.new_empty(total.shape), dy, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return *_empty_dx_dy(total, y_dtype), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _empty_dx_dy(total, y_dtype):
+    return total.new_empty(total.shape), _none(total) if y_dtype is None else total.new_empty(
+        total.shape, dtype=y_dtype
+    )
 
 
 add_layer_norm = _implement(
@@ -576,9 +581,9 @@ def _layer_norm_add_autograd(ctx, dout):
 def _layer_norm_add_backward(dout, y, y_scale, weight, bias, eps):
     from .kernels.layer_norm import launch_layer_norm_backward
 
-    dy, dweight, dbias = _layer_norm_add_backward_fake(dout, y, y_scale, weight, bias, eps)
+    dy = y.new_empty(y.shape)
     if not y.numel():
-        return dy, dweight.zero_(), dbias.zero_()
+        return dy, torch.zeros_like(weight), torch.zeros_like(bias)
     dout, y, y_scale, scale = (None if t is None else t.contiguous() for t in (dout, y, y_scale, weight))
     with _device_guard(y):
         sums = launch_layer_norm_backward(None, dout, y, y_scale, scale, dy, None, eps)

@@ -1,5 +1,7 @@
 """The norms of a block, and the residual adds beside them, in one pass each."""
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
@@ -20,7 +22,12 @@ def fuses_norms(block: nn.Module, x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and takes_map(block.attn, x)
-        and kernels_serve(block.attn.impl, x.device, ops.compute_dtype(x), block.attn.head_dim, block.attn.num_tokens)
+        and (
+            block.attn.impl == "auto"
+            or kernels_serve(
+                block.attn.impl, x.device, ops.compute_dtype(x), block.attn.head_dim, block.attn.num_tokens
+            )
+        )
         and _is_plain_norm(block.norm1, x.shape[-1])
         and _is_plain_norm(block.norm2, x.shape[-1])
         and _is_plain_drop_path(block.drop_path1)
@@ -46,9 +53,9 @@ def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Modul
     return ops.layer_norm_add(x, y, _sample_scale(drop_path, y, dtype), norm.weight, norm.bias, norm.eps, dtype)
 
 
-def post_norm_branches(block: nn.Module, x: Tensor) -> Tensor:
-    """Both branches of a block of V2 or V2-CR whose norms the kernels take: from the map [B, H, W, C] to tokens."""
-    x = layer_norm_add(block.norm1, x, block.attn(x, shift_size=block.shift_size), block.drop_path1)
+def post_norm_branches(block: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """Both branches of a block of V2 or V2-CR, whose attention is `attend`: from the map [B, H, W, C] to tokens."""
+    x = layer_norm_add(block.norm1, x, attend(x), block.drop_path1)
     tokens = x.flatten(1, 2)  # B, H * W, C
     return layer_norm_add(block.norm2, tokens, block.mlp(tokens), block.drop_path2)
 

@@ -47,9 +47,7 @@ class FlashSwinTransformerBlock(SwinTransformerBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
-        x, *normed = add_layer_norm(
-            self.norm2, x, self.attn(layer_norm(self.norm1, x), shift_size=self.shift_size), self.drop_path1
-        )
+        x, *normed = add_layer_norm(self.norm2, x, self._attn(layer_norm(self.norm1, x)), self.drop_path1)
         # Popped: a name for it here would hold its memory until the block is done.
         return x + self.drop_path2(self.mlp(normed.pop().flatten(1, 2))).view(x.shape)
 

@@ -67,7 +67,7 @@ class FlashSwinTransformerV2Block(SwinTransformerV2Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
-        return post_norm_branches(self, x).view(x.shape)
+        return post_norm_branches(self, x, self._attn).view(x.shape)
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):

@@ -64,7 +64,7 @@ class FlashSwinTransformerV2CrBlock(SwinTransformerV2CrBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
-        return self.norm3(post_norm_branches(self, x)).view(x.shape)
+        return self.norm3(post_norm_branches(self, x, self._shifted_window_attn)).view(x.shape)
 
     def _shifted_window_attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):
