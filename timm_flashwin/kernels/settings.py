@@ -85,7 +85,7 @@ def settings_for(
     if kernel == "backward_dbias":
         block_m = 32 if token_bytes > 256 else 64
         return Settings(block_m, 32, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
-    return _tiled_backward(token_bytes, device)
+    return _tiled_backward(kernel, token_bytes, device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -144,15 +144,16 @@ def _tiled_forward(window_area: int, token_bytes: int, cosine: bool, device: tor
     return Settings(block_m, block_n, num_warps=4, num_stages=1, programs_per_sm=8, max_registers=255)
 
 
-def _tiled_backward(token_bytes: int, device: torch.device) -> Settings:
+def _tiled_backward(kernel: str, token_bytes: int, device: torch.device) -> Settings:
     """dq, and dk and dv."""
     if token_bytes > 256:
         return Settings(32, 32, num_warps=4, num_stages=1, programs_per_sm=4)
     if _has_wgmma(device):
         return Settings(64, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
-    # A 64x64 tile would spill.
-    block_m = 64 if token_bytes <= 64 else 32
-    return Settings(block_m, 32, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
+    # A 64x64 tile would spill: the side that a program is pinned to is the longer one.
+    pinned, walked = 64 if token_bytes <= 64 else 32, 32
+    block_m, block_n = (walked, pinned) if kernel == "backward_dkdv" else (pinned, walked)
+    return Settings(block_m, block_n, num_warps=4, num_stages=1, programs_per_sm=4, max_registers=255)
 
 
 def _has_wgmma(device: torch.device) -> bool:
