@@ -80,8 +80,10 @@ def in_force(kernel: str, settings: Settings) -> Iterator[None]:
 
     with mock.patch.object(launch, "settings_for", choose):
         launcher.forget()
-        yield
-    launcher.forget()
+        try:
+            yield
+        finally:
+            launcher.forget()
 
 
 def make_workload(case: Case, dtype: str, kernel: str, device: torch.device) -> Workload:

@@ -391,7 +391,9 @@ def test_gradients_of_the_bias_mlp_are_float64s(family, impl, ieee):
     exact.impl = "reference"
     exacts = list((exact.cpb_mlp if family == V2 else exact.meta_mlp).parameters())
     dbias = torch.randn(2, 24, 24, device=KERNEL_DEVICE)
-    grads = torch.autograd.grad(attention._position_bias(), parameters, dbias)
+    bias = attention._position_bias()
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16, enabled=impl == "triton"):  # products of modules it would round
+        grads = torch.autograd.grad(bias, parameters, dbias)
     for our, expected in zip(grads, torch.autograd.grad(exact._position_bias(), exacts, dbias.double()), strict=True):
         assert our.dtype == torch.float32 and relative_error(our, expected) < 1e-5
 
@@ -405,6 +407,32 @@ def test_the_bias_mlp_is_called_where_somebody_could_tell(family):
         module.register_forward_hook(lambda module, args, output: seen.append(module))
     attention._position_bias()
     assert set(seen) == set(mlp.modules())
+
+
+class KnowsLinearAlone(torch.Tensor):
+    """As quantised weights do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*[x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in args])
+        return super().__torch_function__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if "timm_flashwin" in str(function):
+            raise NotImplementedError(function)
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bias_mlp_is_called_where_its_weights_are_of_another_class(family):
+    attention = make_attention(family, impl="triton")
+    expected = attention._position_bias()
+    linear = (attention.cpb_mlp[0] if family == V2 else attention.meta_mlp.fc1).requires_grad_(False)
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(KnowsLinearAlone), requires_grad=False)
+    torch.testing.assert_close(attention._position_bias(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_crs_bias_mlp_sees_each_relative_position_once_where_nothing_can_tell():

@@ -118,3 +118,19 @@ assert launch.dot_precision(torch.bfloat16) == "ieee"
         assert launch.dot_precision(torch.float32) == "tf32"
     finally:
         matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("N", [16, 72], ids=["one tile", "several tiles"])
+def test_a_hook_may_give_saved_tensors_back_in_another_layout(N, kernel_device, ieee):
+    q, k, v, bias, *_ = windows_arguments(kernel_device, N)
+
+    def grads():
+        return torch.autograd.grad(timm_flashwin.windowed_sdpa(q, k, v, bias, impl="triton").square().sum(), (q, k, v))
+
+    expected = grads()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x
+    ):
+        actual = grads()
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)

@@ -169,13 +169,18 @@ def _is_watched(tensors: list[Tensor]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or transforms_are_on()
-        or not all([_is_plain(x) for x in tensors])
+        or not all([is_plain(x) for x in tensors])
     )
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether `x` has memory that a kernel can be pointed to; what `is_grads_batched=True` hands over has none."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not is_legacy_batchedtensor(x)
+def is_plain(x: Tensor) -> bool:
+    """Whether `x` has memory that a kernel can be pointed to, and that holds its values.
+
+    What `is_grads_batched=True` hands over has none, and a negated view holds other values.
+    """
+    return (
+        type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not x.is_neg() and not is_legacy_batchedtensor(x)
+    )
 
 
 def _in_autocasts_dtype(inputs, num_activations: int):
@@ -270,6 +275,8 @@ def _window_attention_backward(
         return dqkv, *_zeros_where_needed(inputs, needed, qkv)
     launch = _launch()
     with _device_guard(qkv):
+        if out is not None:  # a hook on saved tensors may give them back in another layout
+            out, stats = out.contiguous(), stats.contiguous()
         call = launch.call_on_map(qkv, *inputs, num_heads, window_size, shift_size, scale)
         sums = launch.launch_backward(*call, do.to(qkv.dtype).contiguous(), out, stats, (dqkv,), *needed)
     return dqkv, *_rounded_where_needed(sums, inputs, needed, qkv)
@@ -338,6 +345,8 @@ def _windowed_sdpa_backward(do, q, k, v, bias, mask, logit_scale, out, stats, sc
     if not do.numel():
         return dq, dk, dv, *_zeros_where_needed(inputs, needed, q)
     do = do.to(q.dtype).transpose(1, 2).contiguous()  # B_, N, num_heads, head_dim
+    if out is not None:  # a hook on saved tensors may give them back in another layout
+        out, stats = out.transpose(1, 2).contiguous(), stats.contiguous()
     need_dbias, need_dlogit_scale = needed
     launch = _launch()
     with _device_guard(q):
@@ -455,15 +464,16 @@ def _continuous_position_table_autograd(ctx, dtable):
     tensors = ctx.saved_tensors
     wide = [None if t is None else t.to(_acc_dtype(tensors[1])) for t in tensors]
     coordinates, weight1, bias1, weight2, bias2 = wide
-    if coordinates.shape[0] != dtable.shape[0]:
-        coordinates = distance_rows(coordinates, ctx.window_size)
-    hidden = torch.relu(torch.nn.functional.linear(coordinates, weight1, bias1))
-    dtable = dtable.to(hidden.dtype)
-    if ctx.bounded:
-        share = torch.sigmoid(torch.nn.functional.linear(hidden, weight2, bias2))
-        dtable = 16 * dtable * share * (1 - share)
-    dhidden = torch.where(hidden > 0, dtable @ weight2, 0)
-    sums = dhidden.T @ coordinates, dhidden.sum(dim=0), dtable.T @ hidden, dtable.sum(dim=0)
+    with torch.autocast(dtable.device.type, enabled=False):  # as the forward: in float32
+        if coordinates.shape[0] != dtable.shape[0]:
+            coordinates = distance_rows(coordinates, ctx.window_size)
+        hidden = torch.relu(torch.nn.functional.linear(coordinates, weight1, bias1))
+        dtable = dtable.to(hidden.dtype)
+        if ctx.bounded:
+            share = torch.sigmoid(torch.nn.functional.linear(hidden, weight2, bias2))
+            dtable = 16 * dtable * share * (1 - share)
+        dhidden = torch.where(hidden > 0, dtable @ weight2, 0)
+        sums = dhidden.T @ coordinates, dhidden.sum(dim=0), dtable.T @ hidden, dtable.sum(dim=0)
     grads = [None if x is None else total.to(x.dtype) for total, x in zip(sums, tensors[1:], strict=True)]
     return None, *grads, None, None, None
 

@@ -110,9 +110,11 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody could tell that `module` is not called: no hook, and no `forward` of the instance's own."""
+    """Whether nobody could tell that `module` is not called: no hook, its own or one on all modules, and no `forward`
+    of the instance's own."""
     backward_hooks = module._backward_hooks or module._backward_pre_hooks
-    return not (is_hooked(module) or backward_hooks or "forward" in module.__dict__)
+    hooked = is_hooked(module) or backward_hooks or nn.modules.module._has_any_global_hook()
+    return not (hooked or "forward" in module.__dict__)
 
 
 def drops(module: nn.Module) -> bool:

@@ -30,7 +30,10 @@ def position_table(
     ):
         return None
     linears = (linear1, linear2)
-    if any([type(linear) is not nn.Linear for linear in linears]) or linear1.bias is None:
+    if any([type(linear) is not nn.Linear for linear in linears]) or linear1.bias is None or coordinates.requires_grad:
+        return None
+    tensors = [x for x in (coordinates, weight, linear1.bias, linear2.weight, linear2.bias) if x is not None]
+    if not all([ops.is_plain(x) and x.device == weight.device for x in tensors]):  # quantised or sharded weights
         return None
     if not all([is_untouched(module) for module in (*linears, *others)]):
         return None
