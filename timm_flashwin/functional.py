@@ -259,8 +259,7 @@ def _use_kernels(
         raise ValueError(f"impl is {impl!r}; allowed are {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "reference":
         return False
-    choose = fallback_reason if impl == "auto" else refusal
-    reason = choose(device, dtype, head_dim, window_area)
+    reason = _reason_against(impl, device, dtype, head_dim, window_area)
     if reason is None:
         return True
     if impl == "triton":
@@ -271,8 +270,12 @@ def _use_kernels(
 
 def kernels_serve(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int) -> bool:
     """Whether `impl` takes the kernels for such a call, without a word where it does not."""
-    choose = fallback_reason if impl == "auto" else refusal
-    return impl != "reference" and choose(device, dtype, head_dim, window_area) is None
+    return impl != "reference" and _reason_against(impl, device, dtype, head_dim, window_area) is None
+
+
+def _reason_against(impl: str, *call) -> str | None:
+    """Why `impl`, "auto" or "triton", does not take the kernels for such a call; None where it does."""
+    return (fallback_reason if impl == "auto" else refusal)(*call)
 
 
 def fallback_reason(device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int) -> str | None:

@@ -542,9 +542,8 @@ def _add_layer_norm_backward_fake(dsum, dout, total, y_scale, weight, bias, eps,
 
 
 def _empty_dx_dy(total, y_dtype):
-    return total.new_empty(total.shape), _none(total) if y_dtype is None else total.new_empty(
-        total.shape, dtype=y_dtype
-    )
+    dy = _none(total) if y_dtype is None else total.new_empty(total.shape, dtype=y_dtype)
+    return total.new_empty(total.shape), dy
 
 
 add_layer_norm = _implement(
