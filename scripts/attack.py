@@ -36,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     properties = attacks.add_parser("properties", parents=[common], help="calls that hypothesis draws")
     properties.add_argument("--cases", type=positive_int, default=2000, metavar="N", help="(%(default)s)")
     properties.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    properties.add_argument("--processes", type=positive_int, default=1, metavar="N", help="(%(default)s)")
 
     repeat = attacks.add_parser("repeat", parents=[common], help="one call again and again, bit for bit")
     repeat.add_argument("--repeats", type=positive_int, default=250, metavar="N", help="(%(default)s)")

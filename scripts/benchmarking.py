@@ -243,8 +243,8 @@ class Progress:
     def doing(self, what: str) -> None:
         self._bar.set_description(what, refresh=self._interactive)
 
-    def step(self) -> None:
-        self._bar.update()
+    def step(self, steps: int = 1) -> None:
+        self._bar.update(steps)
 
     def say(self, message: str) -> None:
         if self._interactive:
