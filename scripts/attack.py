@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     properties.add_argument("--cases", type=positive_int, default=2000, metavar="N", help="(%(default)s)")
     properties.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     properties.add_argument("--processes", type=positive_int, default=1, metavar="N", help="(%(default)s)")
+    properties.add_argument("--minutes", type=positive_int, metavar="N", help="begin nothing after so long (no limit)")
 
     repeat = attacks.add_parser("repeat", parents=[common], help="one call again and again, bit for bit")
     repeat.add_argument("--repeats", type=positive_int, default=250, metavar="N", help="(%(default)s)")
@@ -48,6 +49,8 @@ def parse_args() -> argparse.Namespace:
     soak.add_argument("--steps", type=positive_int, default=3000, metavar="N", help="(%(default)s)")
     soak.add_argument("--batch-size", type=positive_int, default=128, metavar="N", help="(%(default)s)")
     soak.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    soak.add_argument("--families", nargs="+", default=["V1", "V2"], choices=["V1", "V2"], help="(V1 V2)")
+    soak.add_argument("--dtypes", nargs="+", choices=["float16", "bfloat16"], help="(both; on a CPU float16)")
     soak.add_argument("--data-dir", type=Path, help="as in scripts/train_demo.py")
 
     sanitize = attacks.add_parser("sanitize", parents=[common], help="compute-sanitizer over a few shapes")

@@ -5,6 +5,7 @@ sides' losses, gradient norms, accuracy, and the steps that GradScaler left out.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 
 import timm
@@ -76,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
     images, labels = torch.tensor(train_set.images, device=device), torch.tensor(train_set.labels, device=device).long()
     test_set = load_test_set(data_dir)
     failed = 0
-    for family in MODELS:
-        # The interpreter has no bfloat16 products.
-        for dtype in (torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.float16,):
-            failed += soak(args, device, family, dtype, batches(images, labels, args), test_set)
+    # The interpreter has no bfloat16 products.
+    dtypes = args.dtypes or (["float16", "bfloat16"] if device.type == "cuda" else ["float16"])
+    for family, dtype in itertools.product(args.families, dtypes):
+        failed += soak(args, device, family, getattr(torch, dtype), batches(images, labels, args), test_set)
     return int(failed > 0)
 
 
