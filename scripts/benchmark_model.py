@@ -12,11 +12,15 @@ Providers:
   flashwin, flashwin_compile         timm's model on the kernels, as it comes and under torch.compile.
   timm_cudagraph, flashwin_cudagraph timm_eager and flashwin replayed from a CUDA graph: inference at batch 1 only. The
                                      copy of the images into the graph's input is timed along.
+  timm_aot, flashwin_aot             an AOTInductor package of the two, loaded again: inference only, and only where
+                                     --providers names it, since it takes minutes to make.
 
 Protocol: end to end, from an idle device to an idle device, so that the host's launches count as they do for a user.
 Providers take turns in one process, in a new order every round, all of them resident. Before that each is built alone,
 checked and warmed up, and its own peak of device memory is taken (`peak_mem_gb`, 1e9 bytes): weights, gradients,
-optimiser state, inputs and activations, without what the others hold.
+optimiser state, inputs and activations, without what the others hold. `ready_s` are the seconds from building the model
+to the end of its first step, with all that is compiled on the way: compilers keep caches, so compare what ran first on
+empty ones.
 
 Correctness: all providers load the same random weights, drawn so that the attention has a say in the result (with
 timm's initial weights a model without bias or mask passes any such test). Their logits must be within 2e-2 of those of
@@ -34,8 +38,11 @@ import contextlib
 import dataclasses
 import gc
 import math
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -70,6 +77,8 @@ PROVIDERS = (
     "flashwin",
     "flashwin_compile",
     "flashwin_cudagraph",
+    "timm_aot",
+    "flashwin_aot",
 )
 DEFAULT_CASES = (
     "swin_tiny_patch4_window7_224:256:infer",
@@ -133,7 +142,7 @@ class Entry:
         """A graph is worth its fixed input and memory where launches are the bottleneck."""
         if provider.endswith("_cudagraph"):
             return self.task == "infer" and self.batch == 1 and device.type == "cuda"
-        return True
+        return self.task == "infer" or not provider.endswith("_aot")
 
 
 # ------------------------------------------------------------------------------------------------ models and inputs
@@ -254,6 +263,8 @@ class Inference:
             self.call = torch.compile(self.model, dynamic=False)
         elif self.captures:
             self.call = self._capture()
+        elif provider.endswith("_aot"):
+            self.call = self._package()
 
     def step(self) -> Tensor:
         with torch.inference_mode():
@@ -285,6 +296,12 @@ class Inference:
             return static_logits
 
         return replay
+
+    def _package(self) -> Callable[[Tensor], Tensor]:
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            program = torch.export.export(self.model, (self.images,))
+            path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
+            return torch._inductor.aoti_load_package(path)
 
 
 class Training:
@@ -365,15 +382,26 @@ def allocate_workspaces(device: torch.device) -> None:
     linear(torch.ones(64, 64, device=device, dtype=torch.bfloat16)).sum().backward()
 
 
+class Prepared(NamedTuple):
+    """A provider that is built, checked and warm."""
+
+    runner: Runner
+    errors: dict[str, float]
+    peak_gb: float | None  # of memory
+    ready_s: float
+
+
 def prepare(
     provider: str, entry: Entry, weights: dict[str, Tensor], images: Tensor, labels: Tensor, reference: Reference
-) -> tuple[Runner, dict[str, float], float | None]:
-    """(the provider, built and warmed up; its errors; its peak of memory in GB)."""
+) -> Prepared:
     memory = OwnMemory(images.device)
     memory.restart()
+    start = time.perf_counter()
     runner = (Inference if entry.task == "infer" else Training)(provider, entry, weights, images, labels)
-    errors = runner.errors(reference)
-    for _ in range(3):
+    errors = runner.errors(reference)  # waits for the device
+    runner.step()
+    ready_s = time.perf_counter() - start
+    for _ in range(2):
         runner.step()
     if not runner.captures:  # a graph allocates at its capture and never again: there the peak is that of the capture
         memory.restart()
@@ -381,7 +409,7 @@ def prepare(
         runner.step()
     # Inference casts the images for itself.
     shared = images.nbytes + labels.nbytes if entry.task == "train" else 0
-    return runner, errors, memory.peak_gb(shared)
+    return Prepared(runner, errors, memory.peak_gb(shared), ready_s)
 
 
 def check(provider: str, entry: Entry, errors: dict[str, float], progress: Progress) -> bool:
@@ -395,45 +423,44 @@ def check(provider: str, entry: Entry, errors: dict[str, float], progress: Progr
 
 def benchmark(
     entry: Entry, providers: list[str], args: argparse.Namespace, device: torch.device, clock, progress: Progress
-) -> tuple[dict[str, Timing], dict[str, float | None]]:
-    """(times, peaks of memory) of the providers that are right."""
+) -> dict[str, tuple[Timing, Prepared]]:
+    """Of the providers that are right."""
     weights = draw_weights(entry)
     images, labels = draw_images(entry, device)
     reference = Reference(entry, weights, images, labels)
-    runners: dict[str, Runner] = {}
-    peaks: dict[str, float | None] = {}
+    right: dict[str, Prepared] = {}
     for provider in providers:
         progress.doing(f"{entry.name} {provider}")
         try:
-            runner, errors, peak = prepare(provider, entry, weights, images, labels, reference)
-            if check(provider, entry, errors, progress):
-                runners[provider], peaks[provider] = runner, peak
-            del runner  # where it was wrong, its memory must not count as the next one's
+            prepared = prepare(provider, entry, weights, images, labels, reference)
+            if check(provider, entry, prepared.errors, progress):
+                right[provider] = prepared
+            del prepared  # where it was wrong, its memory must not count as the next one's
         except Exception as error:  # whatever it is, it is this provider's, and the others can still be timed
             progress.say(f"{entry.name}  {provider}: FAILED, {short_reason(error)}")
         progress.step()
 
     progress.doing(f"{entry.name} timing")
-    calls = {provider: runner.step for provider, runner in runners.items()}
+    calls = {provider: prepared.runner.step for provider, prepared in right.items()}
     timings = interleave(clock, calls, args.repeats, args.warmup, progress.step)
-    for provider, runner in runners.items():
-        if not runner.healthy():
+    for provider, prepared in right.items():
+        if not prepared.runner.healthy():
             progress.say(f"{entry.name}  {provider}: WRONG, not finite after {args.repeats} steps")
             del timings[provider]
-    return timings, peaks
+    return {provider: (timing, right[provider]) for provider, timing in timings.items()}
 
 
-def make_rows(entry: Entry, timings: dict[str, Timing], peaks: dict[str, float | None], common: dict) -> list[dict]:
-    """One row a provider that was measured."""
+def make_rows(entry: Entry, measured: dict[str, tuple[Timing, Prepared]], common: dict) -> list[dict]:
+    """One row a provider."""
     rows = []
-    for provider, timing in timings.items():
+    for provider, (timing, prepared) in measured.items():
         what = {"model": entry.model, "batch": entry.batch, "img_size": entry.img_size, "task": entry.task}
         times = {k: round(v, 4) for k, v in timing._asdict().items()}
         img_per_s = round(entry.batch / timing.ms * 1e3, 1)
-        peak = peaks[provider] if peaks[provider] is None else round(peaks[provider], 3)
+        peak = prepared.peak_gb if prepared.peak_gb is None else round(prepared.peak_gb, 3)
         rows.append(
             {**what, "precision": entry.precision, "provider": provider, **times}
-            | {"img_per_s": img_per_s, "peak_mem_gb": peak}
+            | {"img_per_s": img_per_s, "peak_mem_gb": peak, "ready_s": round(prepared.ready_s, 1)}
             | common
         )
     return rows
@@ -465,10 +492,11 @@ def summary(rows: list[dict]) -> str:
                     f"{row['ms_p20']:.2f}-{row['ms_p80']:.2f}",
                     f"{row['img_per_s']:.0f}",
                     "-" if peak is None else f"{peak:.2f}",
+                    f"{row['ready_s']:.0f}",
                     f"{eager['ms'] / row['ms']:.2f}" if eager else "-",
                 ]
             )
-    return format_table(["entry", "provider", "ms", "p20-p80", "img/s", "peak GB", "x timm_eager"], lines)
+    return format_table(["entry", "provider", "ms", "p20-p80", "img/s", "peak GB", "ready s", "x timm_eager"], lines)
 
 
 def comparison(rows: list[dict]) -> str:
@@ -477,6 +505,7 @@ def comparison(rows: list[dict]) -> str:
         "flashwin": ("timm_eager",),
         "flashwin_compile": ("timm_compile", "timm_sdpa_compile"),
         "flashwin_cudagraph": ("timm_cudagraph",),
+        "flashwin_aot": ("timm_aot",),
     }
     lines = []
     for entry, group in groups_of(rows).items():
@@ -502,7 +531,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="MODEL:BATCH[:TASK]",
         help=f"timm's names; the task is infer (default) or train; default: {' '.join(DEFAULT_CASES)}",
     )
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="PROVIDER")
+    default = [provider for provider in PROVIDERS if not provider.endswith("_aot")]
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=default, metavar="PROVIDER")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default 20)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them (default 3)")
     parser.add_argument("--out", type=Path, help="JSON Lines file (default results/<device>/model.jsonl)")
@@ -533,11 +563,11 @@ def main() -> int:
     progress = Progress(sum(len(providers) + args.warmup + args.repeats for _, providers in plan))
     rows, ours_missing = [], []
     for entry, providers in plan:
-        timings, peaks = benchmark(entry, providers, args, device, clock, progress)
-        new = make_rows(entry, timings, peaks, common)
+        measured = benchmark(entry, providers, args, device, clock, progress)
+        new = make_rows(entry, measured, common)
         merge_rows(out, new, KEY)  # entry by entry: what is measured survives whatever happens next
         rows += new
-        ours_missing += [f"{entry.name} {p}" for p in providers if p.startswith("flashwin") and p not in timings]
+        ours_missing += [f"{entry.name} {p}" for p in providers if p.startswith("flashwin") and p not in measured]
         release_memory(device)
     progress.close()
 
