@@ -4,8 +4,8 @@
     python scripts/check_timm_scripts.py --timm-scripts DIR --out results/nvidia_h200/timm_scripts.jsonl
 
 DIR is the top of timm's repository: no release on PyPI has the scripts. Small models, few images, an epoch or two: the
-question is whether everything works; the speeds are no benchmark. timm's inference.py needs pandas. The exit status is
-1 where a run failed.
+question is whether everything works; the speeds are no benchmark. On a GPU timm's benchmark.py runs on the model at its
+own size, too. timm's inference.py needs pandas. The exit status is 1 where a run failed.
 
 On the CPU timm's train.py cannot run distributed by itself: it hands DistributedDataParallel the CPU as a device id.
 There the distributed runs get a module along that drops it.
@@ -13,6 +13,7 @@ There the distributed runs get a module along that drops it.
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -38,7 +39,11 @@ CLASSES, TRAIN_IMAGES, VALIDATION_IMAGES = 2, 32, 16  # of the generated folder;
 TIMEOUT_S = 900
 PLUGIN_RUN = ["-m", "timm_flashwin", "run"]
 AVERAGE_RATE = r"\([\d.]+s, +([\d.]+)/s\)"  # in the logs of train.py and validate.py
-BENCHMARK_RATE = r'"infer_samples_per_sec": ([\d.]+)'
+BENCHES = {
+    "inference": "infer_samples_per_sec",
+    "train": "train_samples_per_sec",
+}  # of benchmark.py, with its reports' keys
+FULL_BATCH = 128
 
 CPU_DDP = """
 from torch.nn import parallel
@@ -75,7 +80,7 @@ def main() -> int:
     args = parse_args()
     stock = flashwin_names()[args.model]
     rows, failures = [], []
-    origin, beside = provenance(pick_device(args.device), None), timm_beside(args.timm_scripts)
+    origin, beside = provenance(pick_device(args.device), args.commit), timm_beside(args.timm_scripts)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "cpu_ddp.py").write_text(CPU_DDP)
@@ -110,6 +115,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="of the distributed runs; 1: none (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows there, too, as JSON Lines")
+    parser.add_argument("--commit", help="what the rows name; by default the checkout's HEAD")
     args = parser.parse_args()
     args.device = pick_device(args.device).type  # each process takes the GPU of its rank
     for name in ("train.py", "validate.py", "inference.py", "benchmark.py", "bulk_runner.py"):
@@ -191,8 +197,14 @@ def single_runs(args: argparse.Namespace, stock: str, images: Path, work: Path) 
     steps = ["--num-warm-iter", "1", "--num-bench-iter", "5", "-b", "8", "--img-size", str(SIZE), *MODEL]
     for model in (args.model, stock):
         full = [*flashwin_run, *command("benchmark.py", "--model", model, *steps)]
-        check = check_report("infer_samples_per_sec", "train_samples_per_sec")
-        yield Run("benchmark.py", 1, model, "inference and training", full, check, BENCHMARK_RATE)
+        check = check_report(*BENCHES.values())
+        yield Run("benchmark.py", 1, model, "inference and training", full, check, reported_rate(BENCHES["inference"]))
+    if args.device == "cuda":
+        for model, (bench, key) in itertools.product((args.model, stock), BENCHES.items()):
+            options = ["--model", model, "--bench", bench, "-b", str(FULL_BATCH)]
+            full = [*flashwin_run, *command("benchmark.py", *options)]
+            what = f"{bench}, its own size, batch {FULL_BATCH}"
+            yield Run("benchmark.py", 1, model, what, full, check_report(key), reported_rate(key))
 
     # bulk_runner.py starts an interpreter for every model, so the names have to come in there too: its -m, which wants
     # a value, makes that `python -m timm_flashwin run benchmark.py`. The pattern finds timm's model and its long twin.
@@ -299,6 +311,11 @@ def check_epochs(epoch: int) -> Callable[[str], None]:
         assert math.isfinite(result["train"]["loss"]) and math.isfinite(result["validation"]["loss"]), result
 
     return check
+
+
+def reported_rate(key: str) -> str:
+    """The pattern of a number in the report."""
+    return rf'"{key}": ([\d.]+)'
 
 
 def check_report(*keys: str) -> Callable[[str], None]:

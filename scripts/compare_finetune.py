@@ -66,7 +66,7 @@ def main() -> int:
             stock, num_classes=config["num_classes"], in_chans=config["in_chans"], **config["model_kwargs"]
         )
         torch.save(model.state_dict(), work / "initial.pth")
-        rows, origin = [], provenance(device, None)
+        rows, origin = [], provenance(device, args.commit)
         for name, seed in [*((stock, seed) for seed in args.seeds), (twin, args.seeds[0])]:
             print(f"training {name}, seed {seed}", flush=True)
             row = {"check": "finetune", "config": CONFIG.name, "model": name, "seed": seed, "amp_dtype": args.amp_dtype}
@@ -100,6 +100,7 @@ def parse_args(config: dict) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="processes that load images (%(default)s)")
     parser.add_argument("--device", default="cuda", help="(%(default)s)")
     parser.add_argument("--out", type=Path, help="file of the rows (results/<device>/finetune.jsonl)")
+    parser.add_argument("--commit", help="what the rows name; by default the checkout's HEAD")
     args = parser.parse_args()
     if len(set(args.seeds)) < 2:
         parser.error("--seeds: the spread needs two different seeds")
