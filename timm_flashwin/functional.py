@@ -83,30 +83,14 @@ def window_attention(
         ValueError: A shape, size or `impl` is not allowed, or `impl="triton"` cannot run on this device.
     """
     window_size, shift_size = to_pair(window_size), to_pair(shift_size)
-    _check_float_tensor("qkv", qkv, 4, "[B, H, W, 3 * num_heads * head_dim]")
-    if num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
-        raise ValueError(
-            f"qkv has {qkv.shape[-1]} channels, which are not 3 * num_heads * head_dim for num_heads={num_heads}; "
-            "pass the output of the qkv Linear and the number of heads it was made for"
-        )
-    _check_window_size(window_size)
-    if min(shift_size) < 0:
-        raise ValueError(f"shift_size is {shift_size}; both entries must be 0 or more (the roll is by -shift_size)")
-    if min(qkv.shape[1:3]) < 1:
-        raise ValueError(f"qkv has the shape {tuple(qkv.shape)}; H and W must be at least 1 (B may be 0)")
-    window_area = window_size[0] * window_size[1]
-    _check_bias(bias, qkv, num_heads, window_area)
-    if pad_qkv is not None:
-        _check_companion("pad_qkv", pad_qkv, qkv, (qkv.shape[-1],), "[3 * num_heads * head_dim]")
-    head_dim = qkv.shape[-1] // (3 * num_heads)
-    scale = _checked_scale(scale, logit_scale, qkv, num_heads, head_dim)
+    scale = None if scale is None else float(scale)
+    tensors = qkv, bias, pad_qkv, logit_scale
+    head_dim, scale = _checked_map_call(*map(_metadata, tensors), num_heads, window_size, shift_size, scale)
 
-    if _use_kernels(impl, qkv.device, compute_dtype(qkv), head_dim, window_area):
-        needs_grad = _needs_grad(qkv, bias, pad_qkv, logit_scale)
-        save_stats = needs_grad and needs_stats(window_area, head_dim, compute_dtype(qkv))
-        return ops.window_attention(
-            qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale, save_stats
-        )[0]
+    dtype, window_area = compute_dtype(qkv), window_size[0] * window_size[1]
+    if _use_kernels(impl, qkv.device, dtype, head_dim, window_area):
+        save_stats = _needs_grad(*tensors) and needs_stats(window_area, head_dim, dtype)
+        return ops.window_attention(*tensors, num_heads, window_size, shift_size, scale, save_stats)[0]
     (qkv,), context = _under_autocast(qkv)
     with context:
         return reference.window_attention(qkv, num_heads, window_size, shift_size, bias, pad_qkv, scale, logit_scale)
@@ -142,26 +126,14 @@ def windowed_sdpa(
         TypeError, ValueError: As in `window_attention`; also where q, k and v differ in shape, dtype or device, or the
             mask requires a gradient.
     """
-    _check_float_tensor("q", q, 4, "[B_, num_heads, N, head_dim]")
-    _check_companion("k", k, q, tuple(q.shape), "the shape of q", q.dtype)
-    _check_companion("v", v, q, tuple(q.shape), "the shape of q", q.dtype)
-    B_, num_heads, N, head_dim = q.shape
-    if num_heads < 1 or N < 1 or head_dim < 1:  # the torch.compile of torch 2.6 takes no min() of three
-        raise ValueError(f"q has the shape {tuple(q.shape)}; only B_ may be 0")
-    _check_bias(bias, q, num_heads, N)
-    if mask is not None:
-        _check_companion("mask", mask, q, (None, N, N), "[nW, N, N]")
-        if mask.shape[0] < 1 or B_ % mask.shape[0]:
-            raise ValueError(
-                f"mask is for {mask.shape[0]} windows, which does not divide the {B_} windows of q; B_ must be B * nW"
-            )
-        if mask.requires_grad:
-            raise ValueError("mask requires a gradient, but gets none; detach it, or pass what is trained as bias")
-    scale = _checked_scale(scale, logit_scale, q, num_heads, head_dim)
+    scale = None if scale is None else float(scale)
+    scale = _checked_windows_call(*map(_metadata, (q, k, v, bias, mask, logit_scale)), scale)
+    if mask is not None and mask.requires_grad:
+        raise ValueError("mask requires a gradient, but gets none; detach it, or pass what is trained as bias")
 
-    if _use_kernels(impl, q.device, compute_dtype(q), head_dim, N):
-        needs_grad = _needs_grad(q, k, v, bias, logit_scale)
-        save_stats = needs_grad and needs_stats(N, head_dim, compute_dtype(q))
+    dtype, N, head_dim = compute_dtype(q), q.shape[2], q.shape[3]
+    if _use_kernels(impl, q.device, dtype, head_dim, N):
+        save_stats = _needs_grad(q, k, v, bias, logit_scale) and needs_stats(N, head_dim, dtype)
         return ops.windowed_sdpa(q, k, v, bias, mask, logit_scale, scale, save_stats)[0]
     (q, k, v), context = _under_autocast(q, k, v)
     with context:
@@ -189,14 +161,7 @@ def relative_position_bias(table: Tensor, window_size: int | tuple[int, int], im
         TypeError, ValueError: As in `window_attention`.
     """
     window_size = to_pair(window_size)
-    _check_window_size(window_size)
-    _check_float_tensor("table", table, 2, _TABLE_LAYOUT)
-    rows = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
-    if table.shape[0] != rows or table.shape[1] < 1:
-        raise ValueError(
-            f"table has the shape {tuple(table.shape)}; it must be {_TABLE_LAYOUT}, here ({rows}, 1 or more) "
-            f"for window_size={window_size}"
-        )
+    _checked_table(_metadata(table), window_size)
     if _use_kernels(impl, table.device, table.dtype, None, window_size[0] * window_size[1]):
         return ops.relative_position_bias(table, window_size)
     return reference.relative_position_bias(table, window_size)
@@ -205,13 +170,95 @@ def relative_position_bias(table: Tensor, window_size: int | tuple[int, int], im
 # ------------------------------------------------------------------------------------------------ validation
 
 
-def _check_float_tensor(name: str, x: Tensor, ndim: int, layout: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor {layout}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has the dtype {x.dtype}; allowed are float16, bfloat16, float32 and float64")
-    if x.ndim != ndim:
-        raise ValueError(f"{name} has {x.ndim} dimensions, shape {tuple(x.shape)}; it must be {layout}")
+def _metadata(x):
+    """What the checks look at: (shape, dtype, device) of a tensor, None for None, and for anything else its type."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device
+    return None if x is None else type(x)
+
+
+def _once(check):
+    """Run `check` once for all calls alike: it looks at nothing but its arguments. What it raises is not remembered."""
+    remembered = functools.lru_cache(maxsize=4096)(check)
+
+    @functools.wraps(check)
+    def checked(*arguments):
+        if not torch.compiler.is_compiling():
+            try:
+                return remembered(*arguments)
+            except TypeError:
+                pass  # symbolic sizes cannot be looked up; a TypeError of the check itself comes again
+        return check(*arguments)
+
+    return checked
+
+
+@_once
+def _checked_map_call(qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale) -> tuple[int, float]:
+    """(head_dim, scale) of a call of `window_attention`; the tensors are here as `_metadata` describes them."""
+    _check_float_tensor("qkv", qkv, 4, "[B, H, W, 3 * num_heads * head_dim]")
+    _, H, W, channels = shape = qkv[0]
+    if num_heads < 1 or channels % (3 * num_heads):
+        raise ValueError(
+            f"qkv has {channels} channels, which are not 3 * num_heads * head_dim for num_heads={num_heads}; "
+            "pass the output of the qkv Linear and the number of heads it was made for"
+        )
+    _check_window_size(window_size)
+    if min(shift_size) < 0:
+        raise ValueError(f"shift_size is {shift_size}; both entries must be 0 or more (the roll is by -shift_size)")
+    if min(H, W) < 1:
+        raise ValueError(f"qkv has the shape {tuple(shape)}; H and W must be at least 1 (B may be 0)")
+    _check_bias(bias, qkv, num_heads, window_size[0] * window_size[1])
+    if pad_qkv is not None:
+        _check_companion("pad_qkv", pad_qkv, qkv, (channels,), "[3 * num_heads * head_dim]")
+    head_dim = channels // (3 * num_heads)
+    return head_dim, _checked_scale(scale, logit_scale, qkv, num_heads, head_dim)
+
+
+@_once
+def _checked_windows_call(q, k, v, bias, mask, logit_scale, scale) -> float:
+    """The scale of a call of `windowed_sdpa`; the tensors are here as `_metadata` describes them."""
+    _check_float_tensor("q", q, 4, "[B_, num_heads, N, head_dim]")
+    shape, dtype, _ = q
+    _check_companion("k", k, q, tuple(shape), "the shape of q", dtype)
+    _check_companion("v", v, q, tuple(shape), "the shape of q", dtype)
+    B_, num_heads, N, head_dim = shape
+    if num_heads < 1 or N < 1 or head_dim < 1:  # the torch.compile of torch 2.6 takes no min() of three
+        raise ValueError(f"q has the shape {tuple(shape)}; only B_ may be 0")
+    _check_bias(bias, q, num_heads, N)
+    if mask is not None:
+        _check_companion("mask", mask, q, (None, N, N), "[nW, N, N]")
+        num_masks = mask[0][0]
+        if num_masks < 1 or B_ % num_masks:
+            raise ValueError(
+                f"mask is for {num_masks} windows, which does not divide the {B_} windows of q; B_ must be B * nW"
+            )
+    return _checked_scale(scale, logit_scale, q, num_heads, head_dim)
+
+
+@_once
+def _checked_table(table, window_size) -> None:
+    """Of a call of `relative_position_bias`; the table is here as `_metadata` describes it."""
+    _check_window_size(window_size)
+    _check_float_tensor("table", table, 2, _TABLE_LAYOUT)
+    shape = table[0]
+    rows = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
+    if shape[0] != rows or shape[1] < 1:
+        raise ValueError(
+            f"table has the shape {tuple(shape)}; it must be {_TABLE_LAYOUT}, here ({rows}, 1 or more) "
+            f"for window_size={window_size}"
+        )
+
+
+def _check_float_tensor(name: str, x, ndim: int, layout: str) -> None:
+    if not isinstance(x, tuple):
+        kind = "NoneType" if x is None else x.__name__
+        raise TypeError(f"{name} is a {kind}; it must be a torch.Tensor {layout}")
+    shape, dtype, _ = x
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name} has the dtype {dtype}; allowed are float16, bfloat16, float32 and float64")
+    if len(shape) != ndim:
+        raise ValueError(f"{name} has {len(shape)} dimensions, shape {tuple(shape)}; it must be {layout}")
 
 
 def _check_window_size(window_size: tuple[int, int]) -> None:
@@ -219,29 +266,30 @@ def _check_window_size(window_size: tuple[int, int]) -> None:
         raise ValueError(f"window_size is {window_size}; both entries must be at least 1")
 
 
-def _check_companion(name, x, of, shape, layout: str, dtype: torch.dtype | None = None) -> None:
+def _check_companion(name: str, x, of, shape, layout: str, dtype: torch.dtype | None = None) -> None:
     """Check an argument that must fit the main one, `of`; None in `shape` stands for any size."""
     _check_float_tensor(name, x, len(shape), layout)
-    if any(want is not None and have != want for have, want in zip(x.shape, shape, strict=True)):
+    own_shape, own_dtype, device = x
+    if any(want is not None and have != want for have, want in zip(own_shape, shape, strict=True)):
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} has the shape {tuple(x.shape)}; it must be {layout}, here ({wanted})")
-    if x.device != of.device:
-        raise TypeError(f"{name} is on {x.device} and the activations on {of.device}; move them to one device")
-    if dtype is not None and x.dtype != dtype:
-        raise TypeError(f"{name} has the dtype {x.dtype} and q {dtype}; cast them to one dtype")
+        raise ValueError(f"{name} has the shape {tuple(own_shape)}; it must be {layout}, here ({wanted})")
+    if device != of[2]:
+        raise TypeError(f"{name} is on {device} and the activations on {of[2]}; move them to one device")
+    if dtype is not None and own_dtype != dtype:
+        raise TypeError(f"{name} has the dtype {own_dtype} and q {dtype}; cast them to one dtype")
 
 
-def _check_bias(bias: Tensor | None, of: Tensor, num_heads: int, window_area: int) -> None:
+def _check_bias(bias, of, num_heads: int, window_area: int) -> None:
     if bias is not None:
         _check_companion("bias", bias, of, (num_heads, window_area, window_area), "[num_heads, N, N], N = Wh * Ww")
 
 
-def _checked_scale(scale: float | None, logit_scale: Tensor | None, of: Tensor, num_heads: int, head_dim: int) -> float:
+def _checked_scale(scale: float | None, logit_scale, of, num_heads: int, head_dim: int) -> float:
     """The factor on q @ k^T; 1 where `logit_scale` says it."""
     if logit_scale is None:
         if scale is not None and scale < 0:
             raise ValueError(f"scale is {scale}; it must be 0 or more (negate q for the opposite order)")
-        return head_dim**-0.5 if scale is None else float(scale)
+        return head_dim**-0.5 if scale is None else scale
     if scale is not None:
         raise ValueError(f"scale={scale} and a logit_scale are given; cosine attention takes logit_scale alone")
     _check_companion("logit_scale", logit_scale, of, (num_heads,), "[num_heads]")

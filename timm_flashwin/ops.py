@@ -11,6 +11,7 @@ They take what their callers have validated.
 
 import contextlib
 import functools
+import importlib
 import sys
 
 import torch
@@ -67,11 +68,14 @@ _WAY_OUT = 'use impl="reference", by timm_flashwin.accelerate(model, impl="refer
 
 
 def _implement(name: str, kernel, fake, backward=None, setup_context=None, num_activations: int = 0) -> "_Operator":
-    """Register an operator; the first `num_activations` of its inputs follow autocast."""
+    """Register an operator; the first `num_activations` of its inputs follow autocast.
+
+    `kernel` and `fake` may return None for an output that nobody asked for.
+    """
     # "CPU" is for Triton's interpreter; functional sends no CPU tensor here without it.
     for dispatch_key in ("CUDA", "CPU"):
-        _library.impl(name, kernel, dispatch_key)
-    torch.library.register_fake(f"timm_flashwin::{name}", fake, lib=_library)
+        _library.impl(name, _without_none(kernel), dispatch_key)
+    torch.library.register_fake(f"timm_flashwin::{name}", _without_none(fake), lib=_library)
 
     def without_tangents(ctx, *grads):
         if forward_ad._current_level >= 0 and any(
@@ -96,15 +100,27 @@ def _implement(name: str, kernel, fake, backward=None, setup_context=None, num_a
     return operator
 
 
+def _without_none(function):
+    """The dispatcher takes tensors, never None: an empty one stands for it."""
+
+    def tensors_of(*inputs):
+        outputs = function(*inputs)
+        if isinstance(outputs, Tensor):
+            return outputs
+        like = next(x for x in inputs if isinstance(x, Tensor))
+        return tuple(like.new_empty(0) if x is None else x for x in outputs)
+
+    return tensors_of
+
+
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError("the kernels of timm_flashwin have no second derivative; " + _WAY_OUT)
 
 
 @functools.cache
-def _launch():
-    from .kernels import launch
-
-    return launch
+def _kernels(name: str):
+    """A module of `kernels`, which import Triton."""
+    return importlib.import_module(f".kernels.{name}", __package__)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -185,6 +201,8 @@ def is_plain(x: Tensor) -> bool:
 
 def _in_autocasts_dtype(inputs, num_activations: int):
     """The activations, which come first, as timm's matmuls run them; the bias keeps its dtype: logits are float32."""
+    if autocast_dtype(inputs[0].device.type) is None:
+        return inputs
     return *[x.to(compute_dtype(x)) for x in inputs[:num_activations]], *inputs[num_activations:]
 
 
@@ -192,35 +210,41 @@ def _acc_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _none(like: Tensor) -> Tensor:
-    """What stands for an output nobody asked for: an operator returns tensors, never None."""
-    return like.new_empty(0)
-
-
 def _where_needed(grads, needed) -> tuple[Tensor | None, ...]:
     """What autograd takes: None where nobody asked."""
     return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
-def _empty_where_needed(inputs, needed, like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) if need else _none(like) for x, need in zip(inputs, needed, strict=True))
+def _empty_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
+    return tuple(x.new_empty(x.shape) if need else None for x, need in zip(inputs, needed, strict=True))
 
 
-def _zeros_where_needed(inputs, needed, like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_zeros(x.shape) if need else _none(like) for x, need in zip(inputs, needed, strict=True))
+def _zeros_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
+    return tuple(x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needed, strict=True))
 
 
-def _rounded_where_needed(sums, inputs, needed, like: Tensor) -> tuple[Tensor, ...]:
+def _rounded_where_needed(sums, inputs, needed) -> tuple[Tensor | None, ...]:
     """Gradients, summed in a wider dtype, in the dtype of the inputs they belong to."""
-    each = zip(sums, inputs, needed, strict=True)
-    return tuple(total.to(x.dtype) if need else _none(like) for total, x, need in each)
+    return tuple(total.to(x.dtype) if need else None for total, x, need in zip(sums, inputs, needed, strict=True))
+
+
+_NO_GUARD = contextlib.nullcontext()
 
 
 def _device_guard(x: Tensor):
     """Triton launches on the current device: make it the tensor's."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _NO_GUARD
     return torch.cuda.device_of(x)
+
+
+def _save(ctx, tensors, output, save_stats: bool) -> None:
+    """Of an attention, for its backward: its tensors, and the output with its stats where it starts from these."""
+    out, stats = output
+    if stats is not None:
+        ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *((out, stats) if save_stats else (None, None)))
 
 
 # ------------------------------------------------------------------------------------------ window_attention
@@ -231,9 +255,9 @@ def _window_attention(qkv, bias, pad_qkv, logit_scale, *geometry_and_save_stats)
     *geometry, save_stats = geometry_and_save_stats
     out, stats = _window_attention_fake(*inputs, *geometry, save_stats)
     if out.numel():
-        launch = _launch()
+        launch = _kernels("launch")
         with _device_guard(qkv):
-            launch.launch_forward(*launch.call_on_map(*inputs, *geometry), out, stats if save_stats else None)
+            launch.launch_forward(*launch.call_on_map(*inputs, *geometry), out, stats)
     return out, stats
 
 
@@ -243,7 +267,7 @@ def _window_attention_fake(
     B, H, W, three_c = qkv.shape
     out = qkv.new_empty(B, H, W, three_c // 3)
     if not save_stats:
-        return out, _none(qkv)
+        return out, None
     rows, cols = num_windows((H, W), window_size)
     window_area = window_size[0] * window_size[1]
     return out, qkv.new_empty(B * rows * cols, num_heads, window_area, 2, dtype=_acc_dtype(qkv))
@@ -252,10 +276,7 @@ def _window_attention_fake(
 def _window_attention_setup_context(ctx, inputs, output):
     *tensors, num_heads, window_size, shift_size, scale, save_stats = inputs
     ctx.geometry = num_heads, window_size, shift_size, scale
-    out, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *((out, stats) if save_stats else (None, None)))
+    _save(ctx, tensors, output, save_stats)
 
 
 def _window_attention_autograd(ctx, do, _):
@@ -272,21 +293,21 @@ def _window_attention_backward(
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     inputs = (bias, pad_qkv, logit_scale)
     if not do.numel():
-        return dqkv, *_zeros_where_needed(inputs, needed, qkv)
-    launch = _launch()
+        return dqkv, *_zeros_where_needed(inputs, needed)
+    launch = _kernels("launch")
     with _device_guard(qkv):
         if out is not None:  # a hook on saved tensors may give them back in another layout
             out, stats = out.contiguous(), stats.contiguous()
         call = launch.call_on_map(qkv, *inputs, num_heads, window_size, shift_size, scale)
         sums = launch.launch_backward(*call, do.to(qkv.dtype).contiguous(), out, stats, (dqkv,), *needed)
-    return dqkv, *_rounded_where_needed(sums, inputs, needed, qkv)
+    return dqkv, *_rounded_where_needed(sums, inputs, needed)
 
 
 def _window_attention_backward_fake(
     do, qkv, bias, pad_qkv, logit_scale, out, stats, num_heads, window_size, shift_size, scale, *needed
 ):  # fmt: skip
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    return dqkv, *_empty_where_needed((bias, pad_qkv, logit_scale), needed, qkv)
+    return dqkv, *_empty_where_needed((bias, pad_qkv, logit_scale), needed)
 
 
 window_attention = _implement(
@@ -308,25 +329,22 @@ window_attention_backward = _implement(
 def _windowed_sdpa(q, k, v, bias, mask, logit_scale, scale, save_stats):
     out, stats = _windowed_sdpa_fake(q, k, v, bias, mask, logit_scale, scale, save_stats)
     if out.numel():
-        launch = _launch()
+        launch = _kernels("launch")
         with _device_guard(q):
             call = launch.call_on_windows(q, k, v, bias, mask, logit_scale, scale)
-            launch.launch_forward(*call, out, stats if save_stats else None)
+            launch.launch_forward(*call, out, stats)
     return out, stats
 
 
 def _windowed_sdpa_fake(q, k, v, bias, mask, logit_scale, scale, save_stats):
     B_, num_heads, N, head_dim = q.shape
     out = q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2)  # dense as [B_, N, C], which is what comes next
-    return out, q.new_empty(B_, num_heads, N, 2, dtype=_acc_dtype(q)) if save_stats else _none(q)
+    return out, q.new_empty(B_, num_heads, N, 2, dtype=_acc_dtype(q)) if save_stats else None
 
 
 def _windowed_sdpa_setup_context(ctx, inputs, output):
     *tensors, ctx.scale, save_stats = inputs
-    out, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *((out, stats) if save_stats else (None, None)))
+    _save(ctx, tensors, output, save_stats)
 
 
 def _windowed_sdpa_autograd(ctx, do, _):
@@ -343,24 +361,24 @@ def _windowed_sdpa_backward(do, q, k, v, bias, mask, logit_scale, out, stats, sc
     dq, dk, dv = (q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2) for _ in range(3))
     inputs = (bias, logit_scale)
     if not do.numel():
-        return dq, dk, dv, *_zeros_where_needed(inputs, needed, q)
+        return dq, dk, dv, *_zeros_where_needed(inputs, needed)
     do = do.to(q.dtype).transpose(1, 2).contiguous()  # B_, N, num_heads, head_dim
     if out is not None:  # a hook on saved tensors may give them back in another layout
         out, stats = out.transpose(1, 2).contiguous(), stats.contiguous()
     need_dbias, need_dlogit_scale = needed
-    launch = _launch()
+    launch = _kernels("launch")
     with _device_guard(q):
         call = launch.call_on_windows(q, k, v, bias, mask, logit_scale, scale)
         dbias, _, dlogit_scale = launch.launch_backward(
             *call, do, out, stats, (dq, dk, dv), need_dbias, False, need_dlogit_scale
         )
-    return dq, dk, dv, *_rounded_where_needed((dbias, dlogit_scale), inputs, needed, q)
+    return dq, dk, dv, *_rounded_where_needed((dbias, dlogit_scale), inputs, needed)
 
 
 def _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, logit_scale, out, stats, scale, *needed):
     B_, num_heads, N, head_dim = q.shape
     dq, dk, dv = (q.new_empty(B_, N, num_heads, head_dim).transpose(1, 2) for _ in range(3))
-    return dq, dk, dv, *_empty_where_needed((bias, logit_scale), needed, q)
+    return dq, dk, dv, *_empty_where_needed((bias, logit_scale), needed)
 
 
 windowed_sdpa = _implement(
@@ -380,11 +398,9 @@ windowed_sdpa_backward = _implement(
 
 
 def _relative_position_bias(table, window_size):
-    from .kernels.relative_position import launch_relative_position_bias
-
     bias = _relative_position_bias_fake(table, window_size)
     with _device_guard(table):
-        launch_relative_position_bias(table.contiguous(), bias, tuple(window_size))
+        _kernels("relative_position").launch_relative_position_bias(table.contiguous(), bias, tuple(window_size))
     return bias
 
 
@@ -394,11 +410,11 @@ def _relative_position_bias_fake(table, window_size):
 
 
 def _relative_position_bias_backward(dbias, window_size):
-    from .kernels.relative_position import launch_relative_position_bias_backward
-
     dtable = _relative_position_bias_backward_fake(dbias, window_size)
     with _device_guard(dbias):
-        launch_relative_position_bias_backward(dbias.contiguous(), dtable, tuple(window_size))
+        _kernels("relative_position").launch_relative_position_bias_backward(
+            dbias.contiguous(), dtable, tuple(window_size)
+        )
     return dtable
 
 
@@ -439,13 +455,13 @@ relative_position_bias_backward = _implement(
 
 
 def _continuous_position_table(coordinates, weight1, bias1, weight2, bias2, window_size, bounded, dtype):
-    from .kernels.continuous_position import launch_continuous_position_table
-
     inputs = (coordinates, weight1, bias1, weight2, bias2)
     table = _continuous_position_table_fake(*inputs, window_size, bounded, dtype)
     contiguous = [None if t is None else t.contiguous() for t in inputs]
     with _device_guard(weight1):
-        launch_continuous_position_table(*contiguous, table, tuple(window_size), bounded)
+        _kernels("continuous_position").launch_continuous_position_table(
+            *contiguous, table, tuple(window_size), bounded
+        )
     return table
 
 
@@ -491,18 +507,16 @@ continuous_position_table = _implement(
 
 
 def _add_layer_norm(x, y, y_scale, weight, bias, eps, dtype):
-    from .kernels.layer_norm import launch_add_layer_norm
-
     total, out = _add_layer_norm_fake(x, y, y_scale, weight, bias, eps, dtype)
     if out.numel():
         contiguous = (None if t is None else t.contiguous() for t in (x, y, y_scale, weight, bias))
         with _device_guard(x):
-            launch_add_layer_norm(*contiguous, total, out, eps)
+            _kernels("layer_norm").launch_add_layer_norm(*contiguous, total, out, eps)
     return total, out
 
 
 def _add_layer_norm_fake(x, y, y_scale, weight, bias, eps, dtype):
-    total = _none(x) if y is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
+    total = None if y is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
     return total, x.new_empty(x.shape, dtype=dtype)
 
 
@@ -520,12 +534,10 @@ def _add_layer_norm_autograd(ctx, dsum, dout):
     if dout is None:
         dout = torch.zeros_like(total)
     dx, dy, dweight, dbias = add_layer_norm_backward(dsum, dout, total, *rest, ctx.eps, ctx.y_dtype)
-    return dx, None if ctx.y_dtype is None else dy, None, dweight, dbias, None, None
+    return dx, dy if ctx.y_dtype is not None else None, None, dweight, dbias, None, None
 
 
 def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dtype):
-    from .kernels.layer_norm import launch_layer_norm_backward
-
     dx, dy = _empty_dx_dy(total, y_dtype)
     if not total.numel():
         return dx, dy, torch.zeros_like(weight), torch.zeros_like(bias)
@@ -533,7 +545,7 @@ def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dt
         None if t is None else t.contiguous() for t in (dsum, dout, total, y_scale, weight)
     )
     with _device_guard(total):
-        sums = launch_layer_norm_backward(dsum, dout, total, y_scale, scale, dx, None if y_dtype is None else dy, eps)
+        sums = _kernels("layer_norm").launch_layer_norm_backward(dsum, dout, total, y_scale, scale, dx, dy, eps)
     return dx, dy, *(each.to(like.dtype) for each, like in zip(sums, (weight, bias), strict=True))
 
 
@@ -542,7 +554,7 @@ def _add_layer_norm_backward_fake(dsum, dout, total, y_scale, weight, bias, eps,
 
 
 def _empty_dx_dy(total, y_dtype):
-    dy = _none(total) if y_dtype is None else total.new_empty(total.shape, dtype=y_dtype)
+    dy = None if y_dtype is None else total.new_empty(total.shape, dtype=y_dtype)
     return total.new_empty(total.shape), dy
 
 
@@ -562,13 +574,11 @@ add_layer_norm_backward = _implement(
 
 
 def _layer_norm_add(x, y, y_scale, weight, bias, eps, dtype):
-    from .kernels.layer_norm import launch_layer_norm_add
-
     out = _layer_norm_add_fake(x, y, y_scale, weight, bias, eps, dtype)
     if out.numel():
         contiguous = (None if t is None else t.contiguous() for t in (x, y, y_scale, weight, bias))
         with _device_guard(x):
-            launch_layer_norm_add(*contiguous, out, eps, dtype)
+            _kernels("layer_norm").launch_layer_norm_add(*contiguous, out, eps, dtype)
     return out
 
 
@@ -588,14 +598,12 @@ def _layer_norm_add_autograd(ctx, dout):
 
 
 def _layer_norm_add_backward(dout, y, y_scale, weight, bias, eps):
-    from .kernels.layer_norm import launch_layer_norm_backward
-
     dy = y.new_empty(y.shape)
     if not y.numel():
         return dy, torch.zeros_like(weight), torch.zeros_like(bias)
     dout, y, y_scale, scale = (None if t is None else t.contiguous() for t in (dout, y, y_scale, weight))
     with _device_guard(y):
-        sums = launch_layer_norm_backward(None, dout, y, y_scale, scale, dy, None, eps)
+        sums = _kernels("layer_norm").launch_layer_norm_backward(None, dout, y, y_scale, scale, dy, None, eps)
     return dy, *(each.to(like.dtype) for each, like in zip(sums, (weight, bias), strict=True))
 
 

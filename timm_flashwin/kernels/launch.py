@@ -124,36 +124,54 @@ class Operands(NamedTuple):
 def call_on_map(qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale) -> tuple[Call, Operands]:
     """A call of `window_attention`."""
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    B, H, W, three_c = qkv.shape
+    call = _map_call(
+        qkv.shape, qkv.stride(), qkv.dtype, qkv.device, dtype_of(bias), dtype_of(pad_qkv), dtype_of(logit_scale),
+        num_heads, tuple(window_size), tuple(shift_size), scale, dot_precision(qkv.dtype),
+    )  # fmt: skip
+    pad = None
+    if call.pad is not None:
+        pad = qkv.new_zeros(qkv.shape[-1]) if pad_qkv is None else pad_qkv.contiguous()
+    return call, _operands(qkv, qkv, qkv, pad, bias, None, logit_scale)
+
+
+@remembered
+def _map_call(
+    shape, strides, dtype, device, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale, precision
+) -> Call:  # fmt: skip
+    B, H, W, three_c = shape
     C = three_c // 3
     head_dim = C // num_heads
-    pad = None
-    if H % window_size[0] or W % window_size[1]:
-        pad = qkv.new_zeros(three_c) if pad_qkv is None else pad_qkv
-    call = Call(
-        (B, H, W, num_heads, head_dim), (*qkv.stride()[:3], head_dim), (0, C, 2 * C), qkv.dtype, qkv.device,
-        dtype_of(bias), None, 1, dtype_of(pad), dtype_of(logit_scale),
-        tuple(window_size), tuple(shift_size), scale, dot_precision(qkv.dtype),
+    is_padded = H % window_size[0] or W % window_size[1]
+    return Call(
+        (B, H, W, num_heads, head_dim), (*strides[:3], head_dim), (0, C, 2 * C), dtype, device, bias, None, 1,
+        (pad_qkv or dtype) if is_padded else None, logit_scale, window_size, shift_size, scale, precision,
     )  # fmt: skip
-    return call, Operands(
-        qkv, qkv, qkv, *(qkv if t is None else t.contiguous() for t in (pad, bias, None, logit_scale))
-    )
 
 
 def call_on_windows(q, k, v, bias, mask, logit_scale, scale) -> tuple[Call, Operands]:
     """A call of `windowed_sdpa`: windows [B_, num_heads, N, head_dim] are maps of N x 1 tokens."""
-    B_, num_heads, N, head_dim = q.shape
-    far_heads = num_heads * q.stride(1) >= 2**31  # a kernel steps from head to head in 32 bits
+    far_heads = q.shape[1] * q.stride(1) >= 2**31  # a kernel steps from head to head in 32 bits
     if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1 or far_heads:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    stride_b, stride_head, stride_token, _ = q.stride()
-    call = Call(
-        (B_, N, 1, num_heads, head_dim), (stride_b, stride_token, stride_token, stride_head), (0, 0, 0), q.dtype,
-        q.device, dtype_of(bias), dtype_of(mask), 1 if mask is None else mask.shape[0], None, dtype_of(logit_scale),
-        (N, 1), (0, 0), scale, dot_precision(q.dtype),
+    call = _windows_call(
+        q.shape, q.stride(), q.dtype, q.device, dtype_of(bias), dtype_of(mask), 1 if mask is None else mask.shape[0],
+        dtype_of(logit_scale), scale, dot_precision(q.dtype),
     )  # fmt: skip
-    others = [q if t is None else t.contiguous() for t in (None, bias, mask, logit_scale)]
-    return call, Operands(q, k, v, *others)
+    return call, _operands(q, k, v, None, bias, mask, logit_scale)
+
+
+@remembered
+def _windows_call(shape, strides, dtype, device, bias, mask, num_masks, logit_scale, scale, precision) -> Call:
+    B_, num_heads, N, head_dim = shape
+    stride_b, stride_head, stride_token, _ = strides
+    return Call(
+        (B_, N, 1, num_heads, head_dim), (stride_b, stride_token, stride_token, stride_head), (0, 0, 0), dtype, device,
+        bias, mask, num_masks, None, logit_scale, (N, 1), (0, 0), scale, precision,
+    )  # fmt: skip
+
+
+def _operands(q, k, v, *others: torch.Tensor | None) -> Operands:
+    return Operands(q, k, v, *[q if x is None else x.contiguous() for x in others])
 
 
 def dot_precision(dtype: torch.dtype) -> str:

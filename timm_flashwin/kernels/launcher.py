@@ -38,7 +38,8 @@ class Launch:
         aligned = tuple([address % 16 == 0 for address in addresses])
         compiled = self._compiled.get(aligned)
         if compiled is not None:
-            compiled(*addresses, *self._numbers)
+            # Named, the stream need not be asked for by Triton, which takes longer to find it.
+            compiled(*addresses, *self._numbers, stream=torch._C._cuda_getCurrentRawStream(tensors[0].device.index))
             return
         shifted = [
             x.as_strided((1,), (1,), x.storage_offset() + offset) if offset else x
