@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from timm_flashwin.kernels import (
     continuous_position,
+    gelu,
     launch,
     launcher,
     layer_norm,
@@ -154,6 +155,7 @@ def _run(case: Case) -> None:
     layer_norm.launch_add_layer_norm(x, y, scale, weight, weight, x, y, 1e-5)
     layer_norm.launch_layer_norm_backward(x, y, x, scale, weight, x, y, 1e-5)
     layer_norm.launch_layer_norm_add(x, y, scale, weight, weight, x, 1e-5, torch.float32)
+    gelu.launch_gelu_backward(out, out, out, out)
 
 
 def compile_case(target_name: str, name: str) -> list[Row]:

@@ -16,7 +16,7 @@ number). Categories:
   attention          a block's way from the normed map and back, but for its Linears: the flashwin operators, or roll,
                      padding, partition, products, bias, mask, softmax, casts, and the way back.
   norms              layer norms; with flashwin's also the residual add and the casts that are part of them.
-  activations        GELU.
+  activations        GELU; with flashwin its backward makes its output again.
   residual_adds      the adds after the two branches, stochastic depth, dropout; in the backward the sums of the
                      gradients that meet where the branches part.
   copies             outside of the attention: casts (also those of inputs and weights of all Linears), the gather of
@@ -113,7 +113,7 @@ PATCH_MERGINGS = (
 ATTENTION_RANGE = "profile_model: attention"
 ENGINE = "autograd::engine::evaluate_function: "  # + the node's name; torch's range around all that a node causes
 BACKWARD_FUNCTION, USER_SCOPE = 1, 7  # of at::RecordScope
-LINEAR = "aten::linear"
+LINEARS = ("aten::linear", "_GeluLinear")  # the latter is models/mlp.py's, the GELU and the Linear after it
 ADDS = ("aten::add", "aten::add_")
 
 # Operators that say it all, wherever they are found among the callers of a kernel's operator.
@@ -125,6 +125,7 @@ DECISIVE = {
     "timm_flashwin::add_layer_norm": "norms",
     "timm_flashwin::layer_norm_add": "norms",
     "aten::gelu": "activations",
+    "timm_flashwin::gelu_backward": "activations",
     "aten::dropout": "residual_adds",
     "aten::mean": "pooling_and_loss",
     "aten::adaptive_avg_pool2d": "pooling_and_loss",
@@ -215,7 +216,7 @@ class Attribution:
             # Not the node's own: the engine adds its gradient to one that was there. The branches of a block part in
             # front of a norm (V1) or of the attention (V2), which begins with a Linear in flashwin.
             opens = node.sequence_nr in self._opening.get(node.fwd_thread, ())
-            inside = ATTENTION_RANGE in forward and LINEAR not in forward and not opens
+            inside = ATTENTION_RANGE in forward and "aten::linear" not in forward and not opens
             return "attention" if inside else "residual_adds"
         return self._by_names(forward + names[:engine])
 
@@ -230,9 +231,9 @@ class Attribution:
 
     def _by_names(self, names: list[str]) -> str:
         decisive = next((DECISIVE[name] for name in names if name in DECISIVE), None)
-        if LINEAR in names:
-            casts = decisive != "linears" and any(name in COPIES for name in names)
-            return "copies" if casts else "linears"
+        if any(name in LINEARS for name in names):
+            casts = decisive is None and any(name in COPIES for name in names)
+            return "copies" if casts else decisive or "linears"
         if ATTENTION_RANGE in names:
             return "attention"
         return decisive or next((PLAIN[name] for name in names if name in PLAIN), "other")

@@ -5,7 +5,8 @@ Triton is imported on the first launch.
 `timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows,
 `timm_flashwin::relative_position_bias` makes the bias of both, from a table which `continuous_position_table` makes for
 the V2 family. `timm_flashwin::add_layer_norm` and `timm_flashwin::layer_norm_add` are the residual add with the norm
-after or before it. Each but the table's has a `_backward` beside it.
+after or before it. Each but the table's has a `_backward` beside it. `timm_flashwin::gelu_backward` gives the output of
+the GELU along.
 They take what their callers have validated.
 """
 
@@ -63,6 +64,7 @@ _library.define(
     "layer_norm_add_backward(Tensor dout, Tensor y, Tensor? y_scale, Tensor weight, Tensor bias, float eps) "
     "-> (Tensor, Tensor, Tensor)"
 )
+_library.define("gelu_backward(Tensor dout, Tensor x) -> (Tensor, Tensor)")
 
 _WAY_OUT = 'use impl="reference", by timm_flashwin.accelerate(model, impl="reference") for a model'
 
@@ -617,6 +619,24 @@ layer_norm_add = _implement(
 layer_norm_add_backward = _implement(
     "layer_norm_add_backward", _layer_norm_add_backward, _layer_norm_add_backward_fake, _no_second_derivative
 )
+
+
+# -------------------------------------------------------------------------------------------- gelu_backward
+
+
+def _gelu_backward(dout, x):
+    dx, out = _gelu_backward_fake(dout, x)
+    if x.numel():
+        with _device_guard(x):
+            _kernels("gelu").launch_gelu_backward(dout.contiguous(), x.contiguous(), dx, out)
+    return dx, out
+
+
+def _gelu_backward_fake(dout, x):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+gelu_backward = _implement("gelu_backward", _gelu_backward, _gelu_backward_fake, _no_second_derivative)
 
 
 # ------------------------------------------------------------------------------------------------ FLOP counts

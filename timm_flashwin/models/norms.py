@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..functional import kernels_serve
 from .dispatch import is_untouched, takes_map
+from .mlp import mlp
 
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 
@@ -57,7 +58,7 @@ def post_norm_branches(block: nn.Module, x: Tensor, attend: Callable[[Tensor], T
     """Both branches of a block of V2 or V2-CR, whose attention is `attend`: from the map [B, H, W, C] to tokens."""
     x = layer_norm_add(block.norm1, x, attend(x), block.drop_path1)
     tokens = x.flatten(1, 2)  # B, H * W, C
-    return layer_norm_add(block.norm2, tokens, block.mlp(tokens), block.drop_path2)
+    return layer_norm_add(block.norm2, tokens, mlp(block.mlp, tokens), block.drop_path2)
 
 
 def _sample_scale(drop_path: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor | None:

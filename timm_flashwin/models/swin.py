@@ -10,6 +10,7 @@ from torch import nn
 
 from ..functional import relative_position_bias
 from .dispatch import FlashAttention, takes_map
+from .mlp import mlp
 from .norms import add_layer_norm, fuses_norms, layer_norm
 
 
@@ -49,7 +50,7 @@ class FlashSwinTransformerBlock(SwinTransformerBlock):
             return super().forward(x)
         x, *normed = add_layer_norm(self.norm2, x, self._attn(layer_norm(self.norm1, x)), self.drop_path1)
         # Popped: a name for it here would hold its memory until the block is done.
-        return x + self.drop_path2(self.mlp(normed.pop().flatten(1, 2))).view(x.shape)
+        return x + self.drop_path2(mlp(self.mlp, normed.pop().flatten(1, 2))).view(x.shape)
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):

@@ -1,0 +1,70 @@
+"""The MLP of a block in training, with half of its activations kept.
+
+The GELU keeps its input for the backward, and the Linear after it the output: the widest maps of a block. Here the
+backward makes the output from the input, in the pass over it that it takes anyway.
+"""
+
+import torch
+from timm.layers import GELU, Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from .dispatch import drops, is_untouched
+
+
+def mlp(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, for a block whose norms are fused (`norms.fuses_norms`)."""
+    if not (torch.is_grad_enabled() and _is_plain(module)):
+        return module(x)
+    hidden, linear = module.fc1(x), module.fc2
+    if _trains(hidden, linear.weight):
+        return _GeluLinear.apply(hidden, linear.weight, linear.bias)
+    return linear(module.act(hidden))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing but a GELU lies between the two Linears of timm's MLP, and nobody looks at it."""
+    return (
+        type(module) is Mlp
+        and (type(module.act) is GELU or type(module.act) is nn.GELU and module.act.approximate == "none")
+        and type(module.norm) is nn.Identity
+        and type(module.fc2) is nn.Linear
+        and not drops(module.drop1)
+        and not drops(module.drop2)
+        and all(map(is_untouched, (module, module.act, module.drop1, module.norm, module.fc2, module.drop2)))
+    )
+
+
+def _trains(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether both sides of the Linear get a gradient, so that both would be kept, and it works in the dtype of
+    `hidden`."""
+    dtype = ops.autocast_dtype(hidden.device.type) or weight.dtype
+    return (
+        hidden.requires_grad
+        and weight.requires_grad
+        and hidden.dtype == dtype
+        and ops.is_plain(hidden)
+        and ops.is_plain(weight)
+    )
+
+
+class _GeluLinear(torch.autograd.Function):
+    """F.linear(F.gelu(x), weight, bias), in the dtype of `x`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        # Cast by hand: what autocast casts in here it would remember without its gradient.
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        x, weight = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        dx, out = ops.gelu_backward(dout @ weight, x)
+        rows = dout.flatten(0, -2)
+        dweight = (rows.T @ out.flatten(0, -2)).to(weight_dtype)
+        return dx, dweight, rows.sum(dim=0).to(bias_dtype) if ctx.needs_input_grad[2] else None
