@@ -24,9 +24,8 @@ json.dump({
 # Imports the package once, and forks for every command that it reads: an import takes seconds. The command runs at the
 # top level, so that the interpreter itself treats what is raised.
 SERVER = """
-import gc, json, os, sys
+import json, os, sys
 import timm_flashwin.cli
-gc.freeze()  # leaves little to tear down in the children
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
