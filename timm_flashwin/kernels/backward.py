@@ -19,6 +19,7 @@ A padded query has no output, so its do is 0 and so is its dq: only k and v carr
 import triton
 import triton.language as tl
 
+from .bias_fragments import fragments_of
 from .primitives import (
     as_operand,
     exp_from,
@@ -38,9 +39,9 @@ from .primitives import (
     through_norm,
     tile_logits,
     tile_scores,
-    window_cut,
 )
 from .scale import load_scale
+from .shift_mask import window_cut
 
 
 @triton.jit
@@ -58,6 +59,16 @@ def store_pad_partial(ptr, dk, dv, program, head, num_heads, HEAD_DIM: tl.conste
     ptr += (program * 2 * num_heads + head) * HEAD_DIM + channels
     tl.store(ptr, dk, mask=channels < HEAD_DIM)
     tl.store(ptr + num_heads * HEAD_DIM, dv, mask=channels < HEAD_DIM)
+
+
+@triton.jit
+def load_row_stats(stats_ptr, delta_ptr, window, head, rows, in_window, num_heads, WINDOW_AREA: tl.constexpr):
+    """(row_max, inverse_sum, delta) of the query `rows` of a window: [m] each."""
+    row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)
+    delta = tl.load(
+        delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA), mask=in_window, other=0.0
+    )  # m
+    return row_max, inverse_sum, delta
 
 
 @triton.jit
@@ -157,16 +168,15 @@ def backward_kernel(
 
 @triton.jit
 def backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, logit_scale_ptr, out_ptr, stats_ptr, do_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, fragments_ptr, mask_ptr, logit_scale_ptr, out_ptr, stats_ptr, do_ptr, delta_ptr,
     dq_ptr, dlogit_scale_ptr,
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_w, num_positions, num_images, num_masks, num_heads, scale,
-    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
+    roll_h, roll_w, cut_window_h, cut_window_w,
     grad_stride, shares, multiprocessors,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BIAS_EXTENT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
+    EXTENT: tl.constexpr, HAS_FRAGMENTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr,
     COSINE: tl.constexpr, NEED_DLOGIT_SCALE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +192,6 @@ def backward_dq_kernel(
     q_ptr += head.to(tl.int64) * stride_head
     k_ptr += head.to(tl.int64) * stride_head
     v_ptr += head.to(tl.int64) * stride_head
-    bias_ptr += head.to(tl.int64) * BIAS_EXTENT * BIAS_EXTENT
     out_ptr += head * HEAD_DIM
     do_ptr += head * HEAD_DIM
     dq_ptr += head * HEAD_DIM
@@ -197,10 +206,14 @@ def backward_dq_kernel(
 
     first, last = share_of(num_positions * num_images, share, shares)
     for position in range(first // num_images, tl.cdiv(last, num_images)):
-        cut = window_cut(position, windows_w, cut_window_h, cut_window_w)
         offsets, pixels, in_window, in_map = locate_tokens(
             position, rows, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
+        cut = window_cut(position, windows_w, cut_window_h, cut_window_w)
+        position_fragments_ptr = fragments_of(fragments_ptr, cut, head, num_heads, EXTENT)
+        bias_tile = load_tiled_bias_tile(
+            position_fragments_ptr, tile * BLOCK_M, 0, ACC, WINDOW_AREA, BLOCK_M, BLOCK_N, EXTENT, HAS_FRAGMENTS
+        )  # m n
         before = position * num_images
         for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
             window = tl.cast(image, tl.int64) * num_positions + position
@@ -236,15 +249,16 @@ def backward_dq_kernel(
                 )  # n d
                 k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
                 v = as_operand(v, v.dtype, PRECISION)
-                bias_tile = load_tiled_bias_tile(
-                    bias_ptr, tile * BLOCK_M, start, scale, here(cut, image * num_heads), cut_row, cut_col,
-                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
-                )  # m n  # fmt: skip
                 scores = tile_scores(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
                     ACC, PRECISION, WINDOW_AREA, HAS_MASK,
                 )  # fmt: skip
                 p = exp_from_score(scores, row_max, scale)  # m n, to be divided by the row's sum
+                following = tl.where(start + BLOCK_N < WINDOW_AREA, start + BLOCK_N, 0)  # as the forward does
+                bias_tile = load_tiled_bias_tile(
+                    position_fragments_ptr, tile * BLOCK_M, following,
+                    ACC, WINDOW_AREA, BLOCK_M, BLOCK_N, EXTENT, HAS_FRAGMENTS,
+                )  # m n  # fmt: skip
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
                 ds = as_operand(p * (dp - delta[:, None]), k.dtype, PRECISION)  # m n
                 dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
@@ -263,16 +277,15 @@ def backward_dq_kernel(
 
 @triton.jit
 def backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, logit_scale_ptr, stats_ptr, do_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, fragments_ptr, mask_ptr, logit_scale_ptr, stats_ptr, do_ptr, delta_ptr,
     dk_ptr, dv_ptr, dpad_ptr,
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_w, num_positions, num_images, num_masks, num_heads, scale,
-    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
+    roll_h, roll_w, cut_window_h, cut_window_w,
     grad_stride, shares, multiprocessors,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BIAS_EXTENT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
+    EXTENT: tl.constexpr, HAS_FRAGMENTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr,
     COSINE: tl.constexpr, NEED_DPAD: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -288,7 +301,6 @@ def backward_dkdv_kernel(
     q_ptr += head.to(tl.int64) * stride_head
     k_ptr += head.to(tl.int64) * stride_head
     v_ptr += head.to(tl.int64) * stride_head
-    bias_ptr += head.to(tl.int64) * BIAS_EXTENT * BIAS_EXTENT
     do_ptr += head * HEAD_DIM
     dk_ptr += head * HEAD_DIM
     dv_ptr += head * HEAD_DIM
@@ -305,6 +317,7 @@ def backward_dkdv_kernel(
         offsets, pixels, in_window, in_map = locate_tokens(
             position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
+        position_fragments_ptr = fragments_of(fragments_ptr, cut, head, num_heads, EXTENT)
         before = position * num_images
         for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
             window = tl.cast(image, tl.int64) * num_positions + position
@@ -343,8 +356,8 @@ def backward_dkdv_kernel(
                     other=0.0,
                 )  # m
                 bias_tile = load_tiled_bias_tile(
-                    bias_ptr, start, here(tile * BLOCK_N, image * num_heads), scale, cut, cut_row, cut_col,
-                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
+                    position_fragments_ptr, start, here(tile * BLOCK_N, image * num_heads),
+                    ACC, WINDOW_AREA, BLOCK_M, BLOCK_N, EXTENT, HAS_FRAGMENTS,
                 )  # m n  # fmt: skip
                 scores = tile_scores(
                     q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks,
@@ -369,14 +382,13 @@ def backward_dkdv_kernel(
 
 @triton.jit
 def backward_dbias_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, logit_scale_ptr, stats_ptr, do_ptr, delta_ptr, dbias_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, fragments_ptr, mask_ptr, logit_scale_ptr, stats_ptr, do_ptr, delta_ptr, dbias_ptr,
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_w, num_positions, num_images, num_masks, num_heads, scale,
-    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col,
+    roll_h, roll_w, cut_window_h, cut_window_w,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BIAS_EXTENT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
+    EXTENT: tl.constexpr, HAS_FRAGMENTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr,
     COSINE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -393,7 +405,6 @@ def backward_dbias_kernel(
     q_ptr += head.to(tl.int64) * stride_head
     k_ptr += head.to(tl.int64) * stride_head
     v_ptr += head.to(tl.int64) * stride_head
-    bias_ptr += head.to(tl.int64) * BIAS_EXTENT * BIAS_EXTENT
     do_ptr += head * HEAD_DIM
     q_pad_ptr = pad_ptr + head * HEAD_DIM
     k_pad_ptr = q_pad_ptr + C
@@ -409,14 +420,20 @@ def backward_dbias_kernel(
         k_offsets, k_pixels, k_in_window, k_in_map = locate_tokens(
             position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
+        cut = window_cut(position, windows_w, cut_window_h, cut_window_w)
         bias_tile = load_tiled_bias_tile(
-            bias_ptr, here(row, position * num_heads), here(col, position * num_heads), scale,
-            window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
-            ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
+            fragments_of(fragments_ptr, cut, head, num_heads, EXTENT),
+            here(row, position * num_heads), here(col, position * num_heads),
+            ACC, WINDOW_AREA, BLOCK_M, BLOCK_N, EXTENT, HAS_FRAGMENTS,
         )  # m n  # fmt: skip
         before = position * num_images
-        for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
-            window = tl.cast(image, tl.int64) * num_positions + position
+        first_image = tl.maximum(first - before, 0)
+        end = tl.minimum(last - before, num_images)
+        window = tl.cast(first_image, tl.int64) * num_positions + position
+        row_max, inverse_sum, delta = load_row_stats(
+            stats_ptr, delta_ptr, window, head, rows, q_in_window, num_heads, WINDOW_AREA
+        )  # m
+        for image in range(first_image, end):
             at = tl.cast(image, tl.int64) * stride_b
             q = load_tile(q_ptr + at, q_offsets, q_in_window, q_in_map, q_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # m d
             k = load_tile(k_ptr + at, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD)  # n d
@@ -429,14 +446,15 @@ def backward_dbias_kernel(
             k = query_key_operand(k, ACC, PRECISION, COSINE)[0]
             v = as_operand(v, v.dtype, PRECISION)
             do = as_operand(do, do.dtype, PRECISION)
-            row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)
-            delta = tl.load(
-                delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA), mask=q_in_window, other=0.0
-            )  # m
             scores = tile_scores(
                 q, k, bias_tile, scale, mask_ptr, image, rows, cols, num_masks, ACC, PRECISION, WINDOW_AREA, HAS_MASK
             )
             p = exp_from_score(scores, row_max, scale)  # m n, to be divided by the row's sum
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)  # m n
             dbias += p * (dp * inverse_sum[:, None] - (delta * inverse_sum)[:, None])
+            # Fetched an image ahead, which the compiler does with what goes into a product alone.
+            window = tl.cast(tl.minimum(image + 1, end - 1), tl.int64) * num_positions + position
+            row_max, inverse_sum, delta = load_row_stats(
+                stats_ptr, delta_ptr, window, head, rows, q_in_window, num_heads, WINDOW_AREA
+            )  # m
     store_bias_partial(dbias_ptr, dbias, tl.program_id(1), head, num_heads, rows, cols, WINDOW_AREA)

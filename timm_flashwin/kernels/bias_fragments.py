@@ -5,7 +5,8 @@ afterwards, it costs no instruction. Lanes of a warp hold the accumulator in fra
 two side by side, and the two eight rows below. A bias in rows would reach them through shared memory, or in reads of
 eight cache lines at a time. Here a fragment is 128 elements in a row, which a warp reads at once and each lane has what
 it needs; the fragments of four warps lie side by side. Past the window's end there are rows of 0, which nobody needs,
-and columns of -inf, so that no mask is left to apply.
+and columns of -inf, so that no mask is left to apply: that of the cyclic shift is added too, in four variants of the
+bias, one for each way in which its cut may run through a window (`window_cut`).
 """
 
 import torch
@@ -15,6 +16,7 @@ import triton.language as tl
 from ..geometry import cdiv
 from .launcher import Launch, acc_type, dtype_of, remembered
 from .scale import load_scale
+from .shift_mask import CUTS, MASK_VALUE, token_region
 
 _BLOCK = 2048  # elements a program writes
 STRIP = 64  # rows: what four warps hold of an accumulator
@@ -22,20 +24,31 @@ STRIP = 64  # rows: what four warps hold of an accumulator
 
 @triton.jit
 def bias_fragments_kernel(
-    bias_ptr, logit_scale_ptr, fragments_ptr, N, scale,
-    EXTENT: tl.constexpr, BLOCK: tl.constexpr, COSINE: tl.constexpr, ACC: tl.constexpr,
+    bias_ptr, logit_scale_ptr, fragments_ptr, N, num_heads, scale, cut_row, cut_col,
+    WINDOW_W: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, COSINE: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (num_heads * cdiv(EXTENT * EXTENT, BLOCK),)."""
-    blocks: tl.constexpr = tl.cdiv(EXTENT * EXTENT, BLOCK)  # of a head
-    head = (tl.program_id(0) // blocks).to(tl.int64)
-    places = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    """Grid: (cdiv(EXTENT * EXTENT, BLOCK), num_heads, cuts)."""
+    head, cut = tl.program_id(1), tl.program_id(2)
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     strip, warp, lane, element = places // 512, places // 128 % 4, places // 4 % 32, places % 4
     rows = strip // (EXTENT // 8) * 64 + warp * 16 + element // 2 * 8 + lane // 4
     cols = strip % (EXTENT // 8) * 8 + lane % 4 * 2 + element % 2
-    in_window = (rows < N) & (cols < N)
-    tile = tl.load(bias_ptr + head * N * N + rows * N + cols, mask=in_window, other=0.0).to(ACC)
+    tile = tl.zeros([BLOCK], dtype=ACC)
+    if HAS_BIAS:
+        in_window = (rows < N) & (cols < N)
+        tile += tl.load(bias_ptr + head.to(tl.int64) * N * N + rows * N + cols, mask=in_window, other=0.0).to(ACC)
+    row_region = token_region(rows, cut, cut_row, cut_col, WINDOW_W)
+    tile = tl.where(row_region != token_region(cols, cut, cut_row, cut_col, WINDOW_W), tile + MASK_VALUE, tile)
     tile = tl.where(cols < N, tile, float("-inf")) / load_scale(scale, logit_scale_ptr, head, ACC, COSINE)
-    tl.store(fragments_ptr + head * EXTENT * EXTENT + places, tile, mask=places < EXTENT * EXTENT)
+    fragments_ptr += (cut * num_heads + head).to(tl.int64) * EXTENT * EXTENT
+    tl.store(fragments_ptr + places, tile, mask=places < EXTENT * EXTENT)
+
+
+@triton.jit
+def fragments_of(fragments_ptr, cut, head, num_heads, EXTENT: tl.constexpr):
+    """Where the fragments begin that a head takes in windows with this `cut`."""
+    return fragments_ptr + (cut * num_heads + head).to(tl.int64) * EXTENT * EXTENT
 
 
 @triton.jit
@@ -56,23 +69,40 @@ def load_bias_fragments(
 
 
 def launch_bias_fragments(
-    bias: torch.Tensor, scale: float, logit_scale: torch.Tensor | None, acc_dtype: torch.dtype, extent: int
+    bias: torch.Tensor | None,
+    like: torch.Tensor,
+    num_heads: int,
+    window_size: tuple[int, int],
+    cut: tuple[int, int] | None,
+    scale: float,
+    logit_scale: torch.Tensor | None,
+    acc_dtype: torch.dtype,
+    extent: int,
 ) -> torch.Tensor:
-    """`bias` [num_heads, N, N], divided by the scale, in fragments [num_heads, extent / 64, extent / 8, 4, 128].
+    """`bias` [num_heads, N, N] (None: 0), divided by the scale, in fragments
+    [cuts, num_heads, extent / 64, extent / 8, 4, 128].
 
-    `bias` and `logit_scale` are contiguous; `extent` is a multiple of `STRIP` and at least N.
+    `bias` and `logit_scale` are contiguous; `extent` is a multiple of `STRIP` and at least N; `like` is any tensor on
+    their device. `cut` is the row and the column before which the cyclic shift cuts a window (geometry.shift_cut); None
+    means that there is no shift, and so no other variant than the bias itself.
     """
-    num_heads, N, _ = bias.shape
-    fragments = bias.new_empty(num_heads, extent // STRIP, extent // 8, 4, 128, dtype=acc_dtype)
-    launch = _bias_fragments(num_heads, N, extent, scale, bias.dtype, dtype_of(logit_scale), acc_dtype, bias.device)
-    launch(bias, bias if logit_scale is None else logit_scale, fragments)
+    cuts = 1 if cut is None else CUTS
+    fragments = like.new_empty(cuts, num_heads, extent // STRIP, extent // 8, 4, 128, dtype=acc_dtype)
+    launch = _bias_fragments(
+        num_heads, window_size, cut or (0, 0), cuts, extent, scale, dtype_of(bias), dtype_of(logit_scale), acc_dtype,
+        like.device,
+    )  # fmt: skip
+    launch(like if bias is None else bias, like if logit_scale is None else logit_scale, fragments)
     return fragments
 
 
 @remembered
-def _bias_fragments(num_heads, N, extent, scale, dtype, logit_scale_dtype, acc_dtype, device) -> Launch:
+def _bias_fragments(
+    num_heads, window_size, cut, cuts, extent, scale, dtype, logit_scale_dtype, acc_dtype, device
+) -> Launch:  # fmt: skip
     arguments = dict(
-        N=N, scale=scale, EXTENT=extent, BLOCK=_BLOCK, COSINE=logit_scale_dtype is not None, ACC=acc_type(acc_dtype),
-        num_warps=4,
+        N=window_size[0] * window_size[1], num_heads=num_heads, scale=scale, cut_row=cut[0], cut_col=cut[1],
+        WINDOW_W=window_size[1], EXTENT=extent, BLOCK=_BLOCK, HAS_BIAS=dtype is not None,
+        COSINE=logit_scale_dtype is not None, ACC=acc_type(acc_dtype), num_warps=4,
     )  # fmt: skip
-    return Launch(bias_fragments_kernel, (num_heads * cdiv(extent * extent, _BLOCK), 1, 1), arguments)
+    return Launch(bias_fragments_kernel, (cdiv(extent * extent, _BLOCK), num_heads, cuts), arguments)

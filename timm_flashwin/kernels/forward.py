@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
+from .bias_fragments import fragments_of
 from .primitives import (
     LOG2E,
     add_apart,
     as_operand,
     exp_from,
     exp_from_score,
-    here,
     inverse_norm,
     load_bias_tile,
     load_tile,
@@ -23,9 +23,9 @@ from .primitives import (
     store_tile,
     tile_logits,
     tile_scores,
-    window_cut,
 )
 from .scale import load_scale
+from .shift_mask import window_cut
 
 
 @triton.jit
@@ -90,14 +90,13 @@ def forward_kernel(
 
 @triton.jit
 def forward_tiled_kernel(
-    q_ptr, k_ptr, v_ptr, pad_ptr, bias_ptr, mask_ptr, logit_scale_ptr, out_ptr, stats_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, fragments_ptr, mask_ptr, logit_scale_ptr, out_ptr, stats_ptr,
     stride_b, stride_h, stride_w, stride_head,
     H, W, windows_w, num_positions, num_images, num_masks, num_heads, scale,
-    roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col, shares, multiprocessors,
+    roll_h, roll_w, cut_window_h, cut_window_w, shares, multiprocessors,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BIAS_EXTENT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
+    EXTENT: tl.constexpr, HAS_FRAGMENTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr,
     COSINE: tl.constexpr, SAVE_STATS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +112,6 @@ def forward_tiled_kernel(
     q_ptr += head.to(tl.int64) * stride_head
     k_ptr += head.to(tl.int64) * stride_head
     v_ptr += head.to(tl.int64) * stride_head
-    bias_ptr += head.to(tl.int64) * BIAS_EXTENT * BIAS_EXTENT
     out_ptr += head * HEAD_DIM
     q_pad_ptr = pad_ptr + head * HEAD_DIM
     k_pad_ptr = q_pad_ptr + C
@@ -122,11 +120,15 @@ def forward_tiled_kernel(
 
     first, last = share_of(num_positions * num_images, share, shares)
     for position in range(first // num_images, tl.cdiv(last, num_images)):
-        cut = window_cut(position, windows_w, cut_window_h, cut_window_w)
         q_offsets, q_pixels, q_in_window, q_in_map = locate_tokens(
             position, rows, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
             WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
         )  # fmt: skip
+        cut = window_cut(position, windows_w, cut_window_h, cut_window_w)
+        position_fragments_ptr = fragments_of(fragments_ptr, cut, head, num_heads, EXTENT)
+        bias_tile = load_tiled_bias_tile(
+            position_fragments_ptr, row, 0, ACC, WINDOW_AREA, BLOCK_M, BLOCK_N, EXTENT, HAS_FRAGMENTS
+        )  # m n
         before = position * num_images
         for image in range(tl.maximum(first - before, 0), tl.minimum(last - before, num_images)):
             at = tl.cast(image, tl.int64) * stride_b
@@ -140,10 +142,6 @@ def forward_tiled_kernel(
                 k_offsets, k_pixels, k_in_window, k_in_map = locate_tokens(
                     position, cols, stride_h, stride_w, H, W, windows_w, roll_h, roll_w,
                     WINDOW_H, WINDOW_W, HAS_PAD, OFFSET,
-                )  # fmt: skip
-                bias_tile = load_tiled_bias_tile(
-                    bias_ptr, here(row, image * num_heads), start, scale, cut, cut_row, cut_col,
-                    ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, BIAS_EXTENT, HAS_BIAS, IS_SHIFTED,
                 )  # fmt: skip
                 k = load_tile(
                     k_ptr + at, k_offsets, k_in_window, k_in_map, k_pad_ptr, HEAD_DIM, BLOCK_D, HAS_PAD
@@ -165,6 +163,12 @@ def forward_tiled_kernel(
                 row_max = new_max
                 row_sum = row_sum * rescale + tl.sum(p, axis=1)
                 p = as_operand(p, v.dtype, PRECISION)
+                # The next tile of the bias, which after the last is the next image's first: fetched while the product
+                # is under way, into the registers that the scores had.
+                following = tl.where(start + BLOCK_N < WINDOW_AREA, start + BLOCK_N, 0)
+                bias_tile = load_tiled_bias_tile(
+                    position_fragments_ptr, row, following, ACC, WINDOW_AREA, BLOCK_M, BLOCK_N, EXTENT, HAS_FRAGMENTS
+                )  # m n
                 if v.dtype == tl.float32:  # one long sum would be rounded more often than one a tile
                     product = tl.dot(p, v, input_precision=PRECISION, out_dtype=ACC)
                     out = add_apart(product, out, rescale[:, None])

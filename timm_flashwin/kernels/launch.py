@@ -54,6 +54,15 @@ class Call(NamedTuple):
         return rows * cols
 
     @property
+    def cut(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """geometry.shift_cut."""
+        return shift_cut(self.shape[1:3], self.window_size, self.shift_size)
+
+    @property
+    def is_shifted(self) -> bool:
+        return any(self.shift_size)
+
+    @property
     def acc_dtype(self) -> torch.dtype:
         """What sums are taken in."""
         return torch.promote_types(self.dtype, torch.float32)
@@ -66,7 +75,7 @@ class Call(NamedTuple):
         """Those that every kernel has."""
         B, H, W, num_heads, head_dim = self.shape
         rows, cols = self.windows
-        cut_h, cut_w = shift_cut((H, W), self.window_size, self.shift_size)
+        cut_h, cut_w = self.cut
         image_extent = max(H * self.strides[1] + W * self.strides[2], 3 * H * W * num_heads * head_dim)
         return dict(
             stride_b=self.strides[0], stride_h=self.strides[1], stride_w=self.strides[2], stride_head=self.strides[3],
@@ -74,13 +83,27 @@ class Call(NamedTuple):
             num_heads=num_heads, scale=self.scale,
             # A roll by more than the map wraps around; the cut is made by the shift as given.
             roll_h=self.shift_size[0] % H, roll_w=self.shift_size[1] % W,
-            cut_window_h=cut_h[0], cut_row=cut_h[1], cut_window_w=cut_w[0], cut_col=cut_w[1],
+            cut_window_h=cut_h[0], cut_window_w=cut_w[0],
             HEAD_DIM=head_dim, WINDOW_H=self.window_size[0], WINDOW_W=self.window_size[1], BLOCK_D=block_d(head_dim),
-            HAS_BIAS=self.bias is not None, HAS_MASK=self.mask is not None, HAS_PAD=self.pad is not None,
-            IS_SHIFTED=any(self.shift_size), COSINE=self.cosine, ACC=acc_type(self.dtype), PRECISION=self.precision,
+            HAS_MASK=self.mask is not None, HAS_PAD=self.pad is not None, COSINE=self.cosine,
+            ACC=acc_type(self.dtype), PRECISION=self.precision,
             OFFSET=tl.int32 if image_extent < 2**31 else tl.int64,
             **settings.options(self.device),
         )  # fmt: skip
+
+    def one_tile_arguments(self, kernel: str) -> tuple[int, dict]:
+        """(how many programs a head gets, what every kernel of one tile has)."""
+        settings = self.settings(kernel)
+        programs, groups = self.programs_in_step(settings)
+        (_, cut_row), (_, cut_col) = self.cut
+        return programs, self.arguments(settings) | dict(
+            groups=groups, cut_row=cut_row, cut_col=cut_col, HAS_BIAS=self.bias is not None, IS_SHIFTED=self.is_shifted
+        )
+
+    @property
+    def has_fragments(self) -> bool:
+        """Whether the tiled kernels have something to add to their scores: see `bias_fragments`."""
+        return self.bias is not None or self.is_shifted
 
     def qkv_offsets(self) -> dict[str, int]:
         return dict(zip(("q_ptr", "k_ptr", "v_ptr"), self.offsets, strict=True))
@@ -150,8 +173,7 @@ def _map_call(
 
 def call_on_windows(q, k, v, bias, mask, logit_scale, scale) -> tuple[Call, Operands]:
     """A call of `windowed_sdpa`: windows [B_, num_heads, N, head_dim] are maps of N x 1 tokens."""
-    far_heads = q.shape[1] * q.stride(1) >= 2**31  # a kernel steps from head to head in 32 bits
-    if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1 or far_heads:
+    if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     call = _windows_call(
         q.shape, q.stride(), q.dtype, q.device, dtype_of(bias), dtype_of(mask), 1 if mask is None else mask.shape[0],
@@ -199,9 +221,7 @@ def launch_forward(call: Call, operands: Operands, out: torch.Tensor, stats: tor
 
 @remembered
 def _forward(call: Call) -> Launch:
-    settings = call.settings("forward")
-    programs, groups = call.programs_in_step(settings)
-    arguments = call.arguments(settings) | dict(groups=groups)
+    programs, arguments = call.one_tile_arguments("forward")
     return Launch(forward_kernel, (call.shape[3], programs, 1), arguments, call.qkv_offsets())
 
 
@@ -211,15 +231,21 @@ def _forward_tiled(call: Call, save_stats: bool) -> tuple[Launch, int]:
     settings = call.settings("forward_tiled")
     extent = call.bias_extent(settings)
     grid, placed = call.placed_grid(call.shape[3] * cdiv(call.window_area, settings.block_m), settings)
-    arguments = call.arguments(settings) | placed | dict(BIAS_EXTENT=extent, SAVE_STATS=save_stats)
+    arguments = call.arguments(settings) | placed
+    arguments |= dict(EXTENT=extent, HAS_FRAGMENTS=call.has_fragments, SAVE_STATS=save_stats)
     return Launch(forward_tiled_kernel, grid, arguments, call.qkv_offsets()), extent
 
 
 def _with_bias_fragments(call: Call, operands: Operands, extent: int) -> Operands:
-    if call.bias is None:
+    """The operands of the tiled kernels: fragments in place of the bias."""
+    if not call.has_fragments:
         return operands
-    logit_scale = operands.logit_scale if call.cosine else None
-    fragments = launch_bias_fragments(operands.bias, call.scale, logit_scale, call.acc_dtype, extent)
+    (_, cut_row), (_, cut_col) = call.cut
+    fragments = launch_bias_fragments(
+        operands.bias if call.bias is not None else None, operands.q, call.shape[3], call.window_size,
+        (cut_row, cut_col) if call.is_shifted else None, call.scale, operands.logit_scale if call.cosine else None,
+        call.acc_dtype, extent,
+    )  # fmt: skip
     return operands._replace(bias=fragments)
 
 
@@ -289,13 +315,11 @@ def _launch_one_tile_backward(call: Call, operands: Operands, do, dq_dk_dv, is_p
 @remembered
 def _one_tile_backward(call: Call, is_packed: bool, needs: Needs) -> tuple[Launch, int]:
     """(launch, programs of a head)."""
-    settings = call.settings("backward")
-    programs, groups = call.programs_in_step(settings)
+    programs, arguments = call.one_tile_arguments("backward")
     stride, offsets = _grad_places(call, is_packed)
-    arguments = call.arguments(settings) | dict(
-        groups=groups, grad_stride=stride,
-        NEED_DBIAS=needs.dbias, NEED_DPAD=needs.dpad, NEED_DLOGIT_SCALE=needs.dlogit_scale,
-    )  # fmt: skip
+    arguments |= dict(
+        grad_stride=stride, NEED_DBIAS=needs.dbias, NEED_DPAD=needs.dpad, NEED_DLOGIT_SCALE=needs.dlogit_scale
+    )
     return Launch(backward_kernel, (call.shape[3], programs, 1), arguments, call.qkv_offsets() | offsets), programs
 
 
@@ -344,7 +368,8 @@ def _tiled_backward(call: Call, is_packed: bool, needs: Needs) -> _TiledBackward
     offsets |= call.qkv_offsets()
 
     def launch(kernel, grid, settings, **arguments):
-        return Launch(kernel, grid, call.arguments(settings) | dict(BIAS_EXTENT=extent) | arguments, offsets)
+        arguments |= dict(EXTENT=extent, HAS_FRAGMENTS=call.has_fragments)
+        return Launch(kernel, grid, call.arguments(settings) | arguments, offsets)
 
     query_tiles, key_tiles = cdiv(N, dq.block_m), cdiv(N, dkdv.block_n)
     dq_grid, dq_placed = call.placed_grid(num_heads * query_tiles, dq)

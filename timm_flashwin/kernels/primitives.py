@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from .bias_fragments import load_bias_fragments
+from .shift_mask import MASK_VALUE, token_region
 
 LOG2E = tl.constexpr(1.4426950408889634)
-MASK_VALUE = tl.constexpr(-100.0)  # geometry.MASK_VALUE
 NORM_EPS = tl.constexpr(1e-12)  # reference.NORM_EPS
 LOWEST_MASK = tl.constexpr(-(2.0**100))  # a power of two: its multiples by LOG2E, rounded or not, are equal
 
@@ -54,13 +54,6 @@ def placed_program(shares, multiprocessors):
     layers = tl.num_programs(0) // multiprocessors
     number = program % multiprocessors * layers + program // multiprocessors
     return number // shares, number % shares
-
-
-@triton.jit
-def window_cut(position, windows_w, cut_window_h, cut_window_w):
-    """The axes along which the cut of the cyclic shift (geometry.shift_cut) runs through a window: 2 for h, 1 for w."""
-    cut_h = tl.cast(position // windows_w == cut_window_h, tl.int32)
-    return 2 * cut_h + tl.cast(position % windows_w == cut_window_w, tl.int32)
 
 
 @triton.jit
@@ -206,45 +199,29 @@ def load_bias_tile(
             tile = tl.load(bias_ptr + offsets).to(ACC)
         else:  # rows past the end are 0: nobody needs them, but NaN would spread from there
             tile = tl.load(bias_ptr + offsets, mask=in_window[:, None] & in_window[None, :], other=tile).to(ACC)
-    return add_shift_mask(tile, tokens, tokens, MASK_VALUE, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
-
-
-@triton.jit
-def load_tiled_bias_tile(
-    fragments_ptr, row, col, scale, cut, cut_row, cut_col,
-    ACC: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EXTENT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SHIFTED: tl.constexpr,
-):  # fmt: skip
-    """What `load_bias_tile` gives, divided by the scale, for the tile of a larger window that starts at (`row`, `col`):
-    [m, n].
-    """
-    rows = row + tl.arange(0, BLOCK_M)  # m
-    cols = col + tl.arange(0, BLOCK_N)  # n
-    if HAS_BIAS:
-        tile = load_bias_fragments(fragments_ptr, row, col, EXTENT, BLOCK_M, BLOCK_N).to(ACC)  # m n
-    else:
-        tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-        if WINDOW_H * WINDOW_W % BLOCK_N != 0:
-            tile += tl.where(cols < WINDOW_H * WINDOW_W, 0.0, float("-inf"))[None, :]
-    return add_shift_mask(tile, rows, cols, MASK_VALUE / scale, cut, cut_row, cut_col, WINDOW_W, IS_SHIFTED)
-
-
-@triton.jit
-def add_shift_mask(tile, rows, cols, value, cut, cut_row, cut_col, WINDOW_W: tl.constexpr, IS_SHIFTED: tl.constexpr):
-    """`tile` [m, n] with `value` added between tokens that only the roll made neighbours."""
     if IS_SHIFTED:
         if cut != 0:
-            row_region = token_region(rows, cut, cut_row, cut_col, WINDOW_W)  # m
-            col_region = token_region(cols, cut, cut_row, cut_col, WINDOW_W)  # n
-            tile = tl.where(row_region[:, None] != col_region[None, :], tile + value, tile)
+            region = token_region(tokens, cut, cut_row, cut_col, WINDOW_W)  # m, and n
+            tile = tl.where(region[:, None] != region[None, :], tile + MASK_VALUE, tile)
     return tile  # m n
 
 
 @triton.jit
-def token_region(tokens, cut, cut_row, cut_col, WINDOW_W: tl.constexpr):
-    """geometry.region_ids of the `tokens` of one window, as far as they differ in it: [m]."""
-    region = 2 * (tokens // WINDOW_W >= cut_row).to(tl.int32) + (tokens % WINDOW_W >= cut_col).to(tl.int32)
-    return region & cut
+def load_tiled_bias_tile(
+    fragments_ptr, row, col,
+    ACC: tl.constexpr, WINDOW_AREA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTENT: tl.constexpr,
+    HAS_FRAGMENTS: tl.constexpr,
+):  # fmt: skip
+    """What `load_bias_tile` gives, divided by the scale, for the tile of a larger window that starts at (`row`, `col`):
+    [m, n]. The fragments are those of the window's cut.
+    """
+    if HAS_FRAGMENTS:
+        return load_bias_fragments(fragments_ptr, row, col, EXTENT, BLOCK_M, BLOCK_N)  # m n
+    tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    if WINDOW_AREA % BLOCK_N != 0:
+        cols = col + tl.arange(0, BLOCK_N)  # n
+        tile += tl.where(cols < WINDOW_AREA, 0.0, float("-inf"))[None, :]
+    return tile  # m n
 
 
 @triton.jit

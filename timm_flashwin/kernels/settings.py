@@ -39,15 +39,15 @@ class Settings(NamedTuple):
         return options
 
 
-# (target, kernel, cosine) -> settings for tokens of up to 64 bytes: head_dim up to 32 in 16 bits. All on an H200.
+# (target, kernel, cosine) -> settings for tokens of up to 64 bytes: head_dim up to 32 in 16 bits. On H200 and H100.
 _MEASURED = {
-    # Keys and values are fetched a tile ahead, and four programs fit with 128 registers each. With the norms to work
-    # out, what is fetched ahead passes through registers all the same, and only takes shared memory.
-    (90, "forward_tiled", False): Settings(64, 64, 4, num_stages=2, programs_per_sm=4, max_registers=128),
-    (90, "forward_tiled", True): Settings(64, 64, 4, num_stages=1, programs_per_sm=4, max_registers=128),
+    # Keys and values are fetched two tiles ahead, and four programs fit with 128 registers each.
+    (90, "forward_tiled", False): Settings(64, 64, 4, num_stages=3, programs_per_sm=4, max_registers=128),
+    (90, "forward_tiled", True): Settings(64, 64, 4, num_stages=3, programs_per_sm=4, max_registers=128),
     # Three programs fit with 168 registers each.
-    (90, "backward_dq", False): Settings(64, 64, 4, num_stages=2, programs_per_sm=3, max_registers=168),
-    (90, "backward_dq", True): Settings(64, 64, 4, num_stages=2, programs_per_sm=3, max_registers=168),
+    (90, "backward_dq", False): Settings(64, 64, 4, num_stages=3, programs_per_sm=3, max_registers=168),
+    (90, "backward_dq", True): Settings(64, 64, 4, num_stages=3, programs_per_sm=3, max_registers=168),
+    # What is fetched ahead would take registers that there are not.
     (90, "backward_dkdv", False): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
     (90, "backward_dkdv", True): Settings(64, 64, 4, num_stages=1, programs_per_sm=3, max_registers=168),
     # It has no product that waits for another one, and all its tiles can be fetched ahead.
@@ -56,9 +56,10 @@ _MEASURED = {
 }
 # Where half of the last key tile or more would lie past the window's end (12x12, 14x14): narrower tiles, less in vain.
 _MEASURED_NARROW = {
-    (90, "forward_tiled", False): Settings(64, 32, 4, num_stages=2, programs_per_sm=5, max_registers=96),
-    (90, "backward_dbias", False): Settings(64, 32, 4, num_stages=3, programs_per_sm=4, max_registers=128),
-    (90, "backward_dbias", True): Settings(64, 32, 4, num_stages=3, programs_per_sm=4, max_registers=128),
+    (90, "forward_tiled", False): Settings(64, 32, 4, num_stages=3, programs_per_sm=5, max_registers=96),
+    (90, "backward_dq", False): Settings(64, 32, 4, num_stages=3, programs_per_sm=4, max_registers=128),
+    (90, "backward_dbias", False): Settings(64, 32, 4, num_stages=3, programs_per_sm=3, max_registers=168),
+    (90, "backward_dbias", True): Settings(64, 32, 4, num_stages=3, programs_per_sm=3, max_registers=168),
 }
 
 
@@ -150,6 +151,9 @@ def _tiled_backward(kernel: str, token_bytes: int, device: torch.device) -> Sett
         return Settings(32, 32, num_warps=4, num_stages=1, programs_per_sm=4)
     if _has_wgmma(device):
         return Settings(64, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
+    if kernel == "backward_dq" and token_bytes <= 64:
+        # The tile of the bias that is fetched ahead would spill from four warps.
+        return Settings(64, 32, num_warps=8, num_stages=1, programs_per_sm=2, max_registers=128)
     # A 64x64 tile would spill: the side that a program is pinned to is the longer one.
     pinned, walked = 64 if token_bytes <= 64 else 32, 32
     block_m, block_n = (walked, pinned) if kernel == "backward_dkdv" else (pinned, walked)
