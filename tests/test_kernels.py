@@ -58,10 +58,9 @@ def run(function, inputs, do):
     return [out] + [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
 
-def check_against_fp64(case, dtype, device, cosine=False):
+def check_against_fp64(case, dtype, device, cosine=False, draws=1):
+    """`draws` are judged as one: where a sum nearly cancels in one of them, its rounding is luck, ours as timm's."""
     _, _, num_heads, head_dim, window_size, shift_size = case
-    inputs = make_inputs(case, dtype, device, cosine=cosine)
-    do = torch.randn(*inputs[0].shape[:3], num_heads * head_dim, device=device).to(dtype)
 
     def ours(qkv, bias, pad, logit_scale=None):
         return window_attention(
@@ -75,19 +74,21 @@ def check_against_fp64(case, dtype, device, cosine=False):
         scale = None if cosine else head_dim**-0.5
         return reference.window_attention(qkv, num_heads, window_size, shift_size, bias, pad, scale, logit_scale)
 
-    doubles = [t.detach().double().requires_grad_() for t in inputs]
-    results = zip(
-        ("out", "dqkv", "dbias", "dpad_qkv", "dlogit_scale")[: len(inputs) + 1],
-        run(ours, inputs, do),
-        run(timms, inputs, do),
-        run(exact, doubles, do.double()),
-        strict=True,
-    )
-    for name, our, timm, expected in results:
+    results, terms = [], []
+    for _ in range(draws):
+        inputs = make_inputs(case, dtype, device, cosine=cosine)
+        do = torch.randn(*inputs[0].shape[:3], num_heads * head_dim, device=device).to(dtype)
+        doubles = [t.detach().double().requires_grad_() for t in inputs]
+        results.append((run(ours, inputs, do), run(timms, inputs, do), run(exact, doubles, do.double())))
+        if cosine:
+            terms.append(dlogit_scale_terms(case, doubles, do))
+    names = ("out", "dqkv", "dbias", "dpad_qkv", "dlogit_scale")[: len(inputs) + 1]
+    for place, name in enumerate(names):
+        our, timm, expected = (torch.stack([draw[who][place] for draw in results]) for who in range(3))
         if name == "dlogit_scale":
             # One number a head, what is left of a sum that cancels, at times to nearly nothing: the roundings are those
             # of its terms.
-            error = (our - expected).norm() / dlogit_scale_terms(case, doubles, do).norm()
+            error = (our - expected).norm() / torch.stack(terms).norm()
             assert error < torch.finfo(dtype).eps, f"{name}: {error:.2e} of its terms"
         else:
             assert_as_exact_as_timm(name, our, timm, expected)
@@ -121,7 +122,9 @@ def test_output_and_every_gradient_are_as_exact_as_timms(name, dtype, kernel_dev
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", COSINE_CASES)
 def test_cosine_attention_is_as_exact_as_timms(name, dtype, kernel_device, poisoned, ieee):
-    check_against_fp64(COSINE_CASES[name], dtype, kernel_device, cosine=True)
+    case = COSINE_CASES[name]
+    draws = 4 if dtype == torch.float32 and case[4][0] * case[4][1] <= 64 else 1  # larger windows sum more than enough
+    check_against_fp64(case, dtype, kernel_device, cosine=True, draws=draws)
 
 
 @pytest.mark.parametrize("window_size", [(8, 8), (9, 8)], ids=["one tile", "several tiles"])

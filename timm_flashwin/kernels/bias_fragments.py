@@ -28,9 +28,10 @@ def bias_fragments_kernel(
     WINDOW_W: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, COSINE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (cdiv(EXTENT * EXTENT, BLOCK), num_heads, cuts)."""
-    head, cut = tl.program_id(1), tl.program_id(2)
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Grid: (cdiv(EXTENT * EXTENT, BLOCK) * num_heads * cuts,)."""
+    BLOCKS: tl.constexpr = tl.cdiv(EXTENT * EXTENT, BLOCK)  # of a head
+    head, cut = tl.program_id(0) // BLOCKS % num_heads, tl.program_id(0) // BLOCKS // num_heads
+    places = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     strip, warp, lane, element = places // 512, places // 128 % 4, places // 4 % 32, places % 4
     rows = strip // (EXTENT // 8) * 64 + warp * 16 + element // 2 * 8 + lane // 4
     cols = strip % (EXTENT // 8) * 8 + lane % 4 * 2 + element % 2
@@ -105,4 +106,4 @@ def _bias_fragments(
         WINDOW_W=window_size[1], EXTENT=extent, BLOCK=_BLOCK, HAS_BIAS=dtype is not None,
         COSINE=logit_scale_dtype is not None, ACC=acc_type(acc_dtype), num_warps=4,
     )  # fmt: skip
-    return Launch(bias_fragments_kernel, (cdiv(extent * extent, _BLOCK), num_heads, cuts), arguments)
+    return Launch(bias_fragments_kernel, (cdiv(extent * extent, _BLOCK) * num_heads * cuts, 1, 1), arguments)

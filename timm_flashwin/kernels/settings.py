@@ -153,7 +153,7 @@ def _tiled_backward(kernel: str, token_bytes: int, device: torch.device) -> Sett
         return Settings(64, 32 if token_bytes > 128 else 64, num_warps=4, num_stages=1, programs_per_sm=4)
     if kernel == "backward_dq" and token_bytes <= 64:
         # The tile of the bias that is fetched ahead would spill from four warps.
-        return Settings(64, 32, num_warps=8, num_stages=1, programs_per_sm=2, max_registers=128)
+        return Settings(64, 32, num_warps=8, num_stages=1, programs_per_sm=1, max_registers=255)
     # A 64x64 tile would spill: the side that a program is pinned to is the longer one.
     pinned, walked = 64 if token_bytes <= 64 else 32, 32
     block_m, block_n = (walked, pinned) if kernel == "backward_dkdv" else (pinned, walked)
