@@ -349,11 +349,8 @@ def backward_dkdv_kernel(
                 )  # m d
                 q = query_key_operand(q, ACC, PRECISION, COSINE)[0]
                 do = as_operand(do, do.dtype, PRECISION)
-                row_max, inverse_sum = load_stats(stats_ptr, window, head, rows, num_heads, WINDOW_AREA)
-                delta = tl.load(
-                    delta_ptr + stats_offsets(window, head, rows, num_heads, WINDOW_AREA),
-                    mask=q_in_window,
-                    other=0.0,
+                row_max, inverse_sum, delta = load_row_stats(
+                    stats_ptr, delta_ptr, window, head, rows, q_in_window, num_heads, WINDOW_AREA
                 )  # m
                 bias_tile = load_tiled_bias_tile(
                     position_fragments_ptr, start, here(tile * BLOCK_N, image * num_heads),

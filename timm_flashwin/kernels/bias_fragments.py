@@ -18,7 +18,6 @@ from .launcher import Launch, acc_type, dtype_of, remembered
 from .scale import load_scale
 from .shift_mask import CUTS, MASK_VALUE, token_region
 
-_BLOCK = 2048  # elements a program writes
 STRIP = 64  # rows: what four warps hold of an accumulator
 
 
@@ -44,6 +43,10 @@ def bias_fragments_kernel(
     tile = tl.where(cols < N, tile, float("-inf")) / load_scale(scale, logit_scale_ptr, head, ACC, COSINE)
     fragments_ptr += (cut * num_heads + head).to(tl.int64) * EXTENT * EXTENT
     tl.store(fragments_ptr + places, tile, mask=places < EXTENT * EXTENT)
+
+
+# Elements a program writes; in the interpreter a program costs the same whatever its size.
+_BLOCK = 2048 if isinstance(bias_fragments_kernel, triton.runtime.JITFunction) else 2**16
 
 
 @triton.jit
