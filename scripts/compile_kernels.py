@@ -8,6 +8,7 @@ spill in the standard cases (windows 7 to 24, head_dim 32, float16 and bfloat16)
 """
 
 import argparse
+import functools
 import re
 import subprocess
 import sys
@@ -111,9 +112,14 @@ def _resources(compiled, target: GPUTarget) -> tuple[int, int]:
         assembly = compiled.asm["amdgcn"]
         fields = ("vgpr_count", "vgpr_spill_count")
         return tuple(int(re.search(rf"\.{field}:\s+(\d+)", assembly).group(1)) for field in fields)
+    return _cubin_resources(compiled.asm["cubin"])
+
+
+@functools.cache  # half of the kernels are the same in many cases
+def _cubin_resources(cubin: bytes) -> tuple[int, int]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     return tuple(int(re.search(rf"\b{field}:(\d+)", usage.stdout).group(1)) for field in ("REG", "STACK"))
