@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 
 from ..geometry import cdiv
-from .launcher import Launch, acc_type, dtype_of, remembered
+from .launcher import INTERPRETED, Launch, acc_type
 from .scale import load_scale
 from .shift_mask import CUTS, MASK_VALUE, token_region
 
+# Elements a program writes; in the interpreter a program costs the same whatever its size.
+_BLOCK = 2**16 if INTERPRETED else 2048
 STRIP = 64  # rows: what four warps hold of an accumulator
 
 
@@ -45,10 +47,6 @@ def bias_fragments_kernel(
     tl.store(fragments_ptr + places, tile, mask=places < EXTENT * EXTENT)
 
 
-# Elements a program writes; in the interpreter a program costs the same whatever its size.
-_BLOCK = 2048 if isinstance(bias_fragments_kernel, triton.runtime.JITFunction) else 2**16
-
-
 @triton.jit
 def fragments_of(fragments_ptr, cut, head, num_heads, EXTENT: tl.constexpr):
     """Where the fragments begin that a head takes in windows with this `cut`."""
@@ -72,41 +70,28 @@ def load_bias_fragments(
     return tl.reshape(tl.permute(tile, (0, 2, 5, 3, 1, 4, 6)), (BLOCK_M, BLOCK_N))
 
 
-def launch_bias_fragments(
-    bias: torch.Tensor | None,
-    like: torch.Tensor,
+def bias_fragments_launch(
     num_heads: int,
     window_size: tuple[int, int],
     cut: tuple[int, int] | None,
     scale: float,
-    logit_scale: torch.Tensor | None,
+    has_bias: bool,
+    cosine: bool,
     acc_dtype: torch.dtype,
     extent: int,
-) -> torch.Tensor:
-    """`bias` [num_heads, N, N] (None: 0), divided by the scale, in fragments
-    [cuts, num_heads, extent / 64, extent / 8, 4, 128].
+) -> tuple[Launch, tuple[int, ...]]:
+    """(launch, shape of the fragments that it fills) for a bias [num_heads, N, N], or 0 in the place of one.
 
-    `bias` and `logit_scale` are contiguous; `extent` is a multiple of `STRIP` and at least N; `like` is any tensor on
-    their device. `cut` is the row and the column before which the cyclic shift cuts a window (geometry.shift_cut); None
-    means that there is no shift, and so no other variant than the bias itself.
+    The launch takes the bias, the logit_scale, both contiguous, and the fragments, of `acc_dtype`. `extent` is a
+    multiple of `STRIP` and at least N. `cut` is the row and the column before which the cyclic shift cuts a window
+    (geometry.shift_cut); None means that there is no shift, and so no other variant than the bias itself.
     """
     cuts = 1 if cut is None else CUTS
-    fragments = like.new_empty(cuts, num_heads, extent // STRIP, extent // 8, 4, 128, dtype=acc_dtype)
-    launch = _bias_fragments(
-        num_heads, window_size, cut or (0, 0), cuts, extent, scale, dtype_of(bias), dtype_of(logit_scale), acc_dtype,
-        like.device,
-    )  # fmt: skip
-    launch(like if bias is None else bias, like if logit_scale is None else logit_scale, fragments)
-    return fragments
-
-
-@remembered
-def _bias_fragments(
-    num_heads, window_size, cut, cuts, extent, scale, dtype, logit_scale_dtype, acc_dtype, device
-) -> Launch:  # fmt: skip
+    cut_row, cut_col = cut or (0, 0)
     arguments = dict(
-        N=window_size[0] * window_size[1], num_heads=num_heads, scale=scale, cut_row=cut[0], cut_col=cut[1],
-        WINDOW_W=window_size[1], EXTENT=extent, BLOCK=_BLOCK, HAS_BIAS=dtype is not None,
-        COSINE=logit_scale_dtype is not None, ACC=acc_type(acc_dtype), num_warps=4,
+        N=window_size[0] * window_size[1], num_heads=num_heads, scale=scale, cut_row=cut_row, cut_col=cut_col,
+        WINDOW_W=window_size[1], EXTENT=extent, BLOCK=_BLOCK, HAS_BIAS=has_bias, COSINE=cosine,
+        ACC=acc_type(acc_dtype), num_warps=4,
     )  # fmt: skip
-    return Launch(bias_fragments_kernel, (cdiv(extent * extent, _BLOCK) * num_heads * cuts, 1, 1), arguments)
+    launch = Launch(bias_fragments_kernel, (cdiv(extent * extent, _BLOCK) * num_heads * cuts, 1, 1), arguments)
+    return launch, (cuts, num_heads, extent // STRIP, extent // 8, 4, 128)

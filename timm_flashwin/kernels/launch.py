@@ -8,11 +8,11 @@ import triton.language as tl
 from ..geometry import cdiv, num_windows, shift_cut
 from . import needs_stats
 from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_kernel, backward_kernel
-from .bias_fragments import STRIP, launch_bias_fragments
+from .bias_fragments import STRIP, bias_fragments_launch
 from .forward import forward_kernel, forward_tiled_kernel
+from .launcher import INTERPRETED as INTERPRETED
 from .launcher import Launch, acc_type, dtype_of, remembered
 from .scale import MAX_LOGIT_SCALE
-from .settings import INTERPRETED as INTERPRETED
 from .settings import Settings, block_d, multiprocessors_of, settings_for, split_in_step
 
 
@@ -240,13 +240,20 @@ def _with_bias_fragments(call: Call, operands: Operands, extent: int) -> Operand
     """The operands of the tiled kernels: fragments in place of the bias."""
     if not call.has_fragments:
         return operands
-    (_, cut_row), (_, cut_col) = call.cut
-    fragments = launch_bias_fragments(
-        operands.bias if call.bias is not None else None, operands.q, call.shape[3], call.window_size,
-        (cut_row, cut_col) if call.is_shifted else None, call.scale, operands.logit_scale if call.cosine else None,
-        call.acc_dtype, extent,
-    )  # fmt: skip
+    launch, shape = _bias_fragments(call, extent)
+    fragments = operands.q.new_empty(shape, dtype=call.acc_dtype)
+    launch(operands.bias, operands.logit_scale, fragments)
     return operands._replace(bias=fragments)
+
+
+@remembered
+def _bias_fragments(call: Call, extent: int) -> tuple[Launch, tuple[int, ...]]:
+    """(launch, shape of the fragments)."""
+    (_, cut_row), (_, cut_col) = call.cut
+    return bias_fragments_launch(
+        call.shape[3], call.window_size, (cut_row, cut_col) if call.is_shifted else None, call.scale,
+        call.bias is not None, call.cosine, call.acc_dtype, extent,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ backward

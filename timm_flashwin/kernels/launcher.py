@@ -6,6 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .scale import load_scale
+
+# TRITON_INTERPRET=1 was set when the kernels were defined: they run in Triton's interpreter, on CPU tensors.
+INTERPRETED = not isinstance(load_scale, triton.runtime.JITFunction)
+
 _MAX_REMEMBERED = 4096  # launches of each kind: sizes that come up are remembered, with a bound for ever new ones
 # Older launchers take other arguments than the newer ones, and always go the long way.
 _REMEMBERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)

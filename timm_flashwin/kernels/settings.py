@@ -11,10 +11,7 @@ import torch
 import triton
 
 from ..geometry import cdiv
-from .forward import forward_kernel
-
-# TRITON_INTERPRET=1 was set when the kernels were defined: they run in Triton's interpreter, on CPU tensors.
-INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
+from .launcher import INTERPRETED
 
 KERNELS = ("forward", "forward_tiled", "backward", "backward_dq", "backward_dkdv", "backward_dbias")
 
