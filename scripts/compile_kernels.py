@@ -145,8 +145,8 @@ def _run(case: Case) -> None:
     if needs_stats(N, case.head_dim, case.dtype):
         stats = torch.zeros(B * call.num_positions, num_heads, N, 2)
     launch.launch_forward(call, operands, out, stats)
-    needed = dict(need_dbias=True, need_dpad=True, need_dlogit_scale=case.cosine)
-    launch.launch_backward(call, operands, out, out, stats, grads, **needed)
+    shared_grads = launch.SharedGrads(torch.zeros_like(bias), torch.zeros(3 * C), logit_scale)
+    launch.launch_backward(call, operands, out, out, stats, grads, shared_grads)
     table = torch.zeros((2 * case.window - 1) ** 2, num_heads, dtype=case.dtype)
     bias = torch.zeros(num_heads, N, N, dtype=case.dtype)
     relative_position.launch_relative_position_bias(table, bias, (case.window, case.window))
@@ -155,6 +155,9 @@ def _run(case: Case) -> None:
     for coordinates, bounded in ((torch.zeros(len(table), 2), True), (torch.zeros(N * N, 2), False)):
         continuous_position.launch_continuous_position_table(
             coordinates, *weights, table, (case.window, case.window), bounded
+        )
+        continuous_position.launch_continuous_position_table_backward(
+            table, coordinates, *weights[:3], table, weights, (case.window, case.window), bounded
         )
     x, y, C = torch.zeros_like(out, dtype=torch.float32), out, out.shape[-1]  # as under autocast
     weight, scale = torch.zeros(C), torch.zeros(out.shape[0], dtype=case.dtype)

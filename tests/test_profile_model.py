@@ -54,10 +54,11 @@ def test_twins_differ_in_the_attention_and_in_what_is_fused_alone(profile_model,
         assert not profiles[-1].unknown
         assert profiles[-1].ms.keys() == set(profile_model.CATEGORIES) - {"other", "gaps"}
     stock, ours = (profile.launches for profile in profiles)
-    assert ours.pop("attention") < stock.pop("attention")
     stock.pop("linears"), ours.pop("linears")  # cuBLAS chooses how many kernels make a product
+    attention = ours.pop("attention"), stock.pop("attention")
     fused = [(ours.pop(name), stock.pop(name)) for name in ("norms", "residual_adds", "copies")]
     if kernel_device == "cuda":
+        assert attention[0] < attention[1]
         assert sum(our for our, _ in fused) < sum(theirs for _, theirs in fused)
     else:  # what is counted are operators: a thousand a kernel in the interpreter, and views around the adds
         for name in ("activations", "pooling_and_loss"):

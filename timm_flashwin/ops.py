@@ -5,7 +5,7 @@ Triton is imported on the first launch.
 `timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows,
 `timm_flashwin::relative_position_bias` makes the bias of both, from a table which `continuous_position_table` makes for
 the V2 family. `timm_flashwin::add_layer_norm` and `timm_flashwin::layer_norm_add` are the residual add with the norm
-after or before it. Each but the table's has a `_backward` beside it. `timm_flashwin::gelu_backward` gives the output of
+after or before it. Each has a `_backward` beside it. `timm_flashwin::gelu_backward` gives the output of
 the GELU along.
 They take what their callers have validated.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from .geometry import distance_rows, num_windows
+from .geometry import num_windows
 
 _GEOMETRY = "int num_heads, int[2] window_size, int[2] shift_size, float scale"
 _library = torch.library.Library("timm_flashwin", "DEF")
@@ -47,6 +47,10 @@ _library.define("relative_position_bias_backward(Tensor dbias, int[2] window_siz
 _library.define(
     "continuous_position_table(Tensor coordinates, Tensor weight1, Tensor bias1, Tensor weight2, Tensor? bias2, "
     "int[2] window_size, bool bounded, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "continuous_position_table_backward(Tensor dtable, Tensor coordinates, Tensor weight1, Tensor bias1, "
+    "Tensor weight2, Tensor? bias2, int[2] window_size, bool bounded) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "add_layer_norm(Tensor x, Tensor? y, Tensor? y_scale, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
@@ -225,11 +229,6 @@ def _zeros_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
     return tuple(x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needed, strict=True))
 
 
-def _rounded_where_needed(sums, inputs, needed) -> tuple[Tensor | None, ...]:
-    """Gradients, summed in a wider dtype, in the dtype of the inputs they belong to."""
-    return tuple(total.to(x.dtype) if need else None for total, x, need in zip(sums, inputs, needed, strict=True))
-
-
 _NO_GUARD = contextlib.nullcontext()
 
 
@@ -296,13 +295,15 @@ def _window_attention_backward(
     inputs = (bias, pad_qkv, logit_scale)
     if not do.numel():
         return dqkv, *_zeros_where_needed(inputs, needed)
+    shared_grads = _empty_where_needed(inputs, needed)
     launch = _kernels("launch")
     with _device_guard(qkv):
         if out is not None:  # a hook on saved tensors may give them back in another layout
             out, stats = out.contiguous(), stats.contiguous()
         call = launch.call_on_map(qkv, *inputs, num_heads, window_size, shift_size, scale)
-        sums = launch.launch_backward(*call, do.to(qkv.dtype).contiguous(), out, stats, (dqkv,), *needed)
-    return dqkv, *_rounded_where_needed(sums, inputs, needed)
+        do = do.to(qkv.dtype).contiguous()
+        launch.launch_backward(*call, do, out, stats, (dqkv,), launch.SharedGrads(*shared_grads))
+    return dqkv, *shared_grads
 
 
 def _window_attention_backward_fake(
@@ -367,14 +368,13 @@ def _windowed_sdpa_backward(do, q, k, v, bias, mask, logit_scale, out, stats, sc
     do = do.to(q.dtype).transpose(1, 2).contiguous()  # B_, N, num_heads, head_dim
     if out is not None:  # a hook on saved tensors may give them back in another layout
         out, stats = out.transpose(1, 2).contiguous(), stats.contiguous()
-    need_dbias, need_dlogit_scale = needed
+    dbias, dlogit_scale = _empty_where_needed(inputs, needed)
     launch = _kernels("launch")
     with _device_guard(q):
         call = launch.call_on_windows(q, k, v, bias, mask, logit_scale, scale)
-        dbias, _, dlogit_scale = launch.launch_backward(
-            *call, do, out, stats, (dq, dk, dv), need_dbias, False, need_dlogit_scale
-        )
-    return dq, dk, dv, *_rounded_where_needed((dbias, dlogit_scale), inputs, needed)
+        shared_grads = launch.SharedGrads(dbias, None, dlogit_scale)
+        launch.launch_backward(*call, do, out, stats, (dq, dk, dv), shared_grads)
+    return dq, dk, dv, dbias, dlogit_scale
 
 
 def _windowed_sdpa_backward_fake(do, q, k, v, bias, mask, logit_scale, out, stats, scale, *needed):
@@ -478,22 +478,29 @@ def _continuous_position_table_setup_context(ctx, inputs, output):
 
 
 def _continuous_position_table_autograd(ctx, dtable):
-    """In PyTorch: a few products of a few hundred rows, whatever the batch."""
-    tensors = ctx.saved_tensors
-    wide = [None if t is None else t.to(_acc_dtype(tensors[1])) for t in tensors]
-    coordinates, weight1, bias1, weight2, bias2 = wide
-    with torch.autocast(dtable.device.type, enabled=False):  # as the forward: in float32
-        if coordinates.shape[0] != dtable.shape[0]:
-            coordinates = distance_rows(coordinates, ctx.window_size)
-        hidden = torch.relu(torch.nn.functional.linear(coordinates, weight1, bias1))
-        dtable = dtable.to(hidden.dtype)
-        if ctx.bounded:
-            share = torch.sigmoid(torch.nn.functional.linear(hidden, weight2, bias2))
-            dtable = 16 * dtable * share * (1 - share)
-        dhidden = torch.where(hidden > 0, dtable @ weight2, 0)
-        sums = dhidden.T @ coordinates, dhidden.sum(dim=0), dtable.T @ hidden, dtable.sum(dim=0)
-    grads = [None if x is None else total.to(x.dtype) for total, x in zip(sums, tensors[1:], strict=True)]
-    return None, *grads, None, None, None
+    grads = continuous_position_table_backward(dtable, *ctx.saved_tensors, ctx.window_size, ctx.bounded)
+    return None, *_where_needed(grads, ctx.needs_input_grad[1:5]), None, None, None
+
+
+def _continuous_position_table_backward(
+    dtable, coordinates, weight1, bias1, weight2, bias2, window_size, bounded
+):  # fmt: skip
+    inputs = (coordinates, weight1, bias1, weight2, bias2)
+    table = dtable
+    if bounded:  # once more, and not rounded: near its bounds the gradient follows from the last digits
+        table = _continuous_position_table(*inputs, window_size, bounded, _acc_dtype(weight1))
+    contiguous = [t.contiguous() for t in (dtable, coordinates, weight1, bias1, weight2)]
+    grads = _continuous_position_table_backward_fake(dtable, *inputs, window_size, bounded)
+    with _device_guard(weight1):
+        _kernels("continuous_position").launch_continuous_position_table_backward(
+            *contiguous, table, grads, tuple(window_size), bounded
+        )
+    return grads
+
+
+def _continuous_position_table_backward_fake(dtable, coordinates, *weights_and_options):
+    weights = weights_and_options[:4]
+    return tuple([None if x is None else x.new_empty(x.shape) for x in weights])
 
 
 continuous_position_table = _implement(
@@ -502,6 +509,12 @@ continuous_position_table = _implement(
     _continuous_position_table_fake,
     _continuous_position_table_autograd,
     _continuous_position_table_setup_context,
+)
+continuous_position_table_backward = _implement(
+    "continuous_position_table_backward",
+    _continuous_position_table_backward,
+    _continuous_position_table_backward_fake,
+    _no_second_derivative,
 )
 
 

@@ -1,4 +1,4 @@
-"""What a call of the attention launches: each kernel's grid, its arguments, and what becomes of its partial sums."""
+"""What a call of the attention launches: each kernel's grid, its arguments, and where its partial sums go."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from .bias_fragments import STRIP, bias_fragments_launch
 from .forward import forward_kernel, forward_tiled_kernel
 from .launcher import INTERPRETED as INTERPRETED
 from .launcher import Launch, acc_type, dtype_of, remembered
-from .scale import MAX_LOGIT_SCALE
+from .partial_sums import Programs, partial_sums_launch
 from .settings import Settings, block_d, multiprocessors_of, settings_for, split_in_step
 
 
@@ -259,8 +259,16 @@ def _bias_fragments(call: Call, extent: int) -> tuple[Launch, tuple[int, ...]]:
 # ------------------------------------------------------------------------------------------------------ backward
 
 
+class SharedGrads(NamedTuple):
+    """The gradients of what all windows share, contiguous and of any float dtype; None where nobody asks for one."""
+
+    dbias: torch.Tensor | None  # [num_heads, N, N]
+    dpad_qkv: torch.Tensor | None  # [3 * num_heads * head_dim]
+    dlogit_scale: torch.Tensor | None  # [num_heads]
+
+
 class Needs(NamedTuple):
-    """Which gradients there shall be beside dq, dk and dv."""
+    """Which partial sums the kernels shall leave."""
 
     dbias: bool
     dpad: bool
@@ -274,49 +282,54 @@ def launch_backward(
     out: torch.Tensor | None,
     stats: torch.Tensor | None,
     grads: tuple[torch.Tensor, ...],
-    need_dbias: bool,
-    need_dpad: bool,
-    need_dlogit_scale: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Fill `grads`; return dbias [num_heads, N, N], dpad_qkv [3 * num_heads * head_dim] and dlogit_scale [num_heads]
-    where needed.
+    shared_grads: SharedGrads,
+) -> None:
+    """Fill `grads` and those of `shared_grads` that there are.
 
     `do` and `out` are contiguous maps [B, H, W, num_heads * head_dim]; `out` and `stats` are read only where
     `needs_stats` says so. `grads` are contiguous maps too: dq, dk and dv, or one of 3 * num_heads * head_dim channels.
     """
-    num_heads, head_dim = call.shape[3:]
-    needs = Needs(need_dbias, need_dpad and call.pad is not None, need_dlogit_scale)
+    needs = Needs(
+        shared_grads.dbias is not None,
+        shared_grads.dpad_qkv is not None and call.pad is not None,
+        shared_grads.dlogit_scale is not None,
+    )
     is_packed = len(grads) == 1
     dq_dk_dv = grads * 3 if is_packed else grads
-    if needs_stats(call.window_area, head_dim, call.dtype):
-        dbias, dpad, dlogit_scale = _launch_tiled_backward(call, operands, do, out, stats, dq_dk_dv, is_packed, needs)
+    if needs_stats(call.window_area, call.shape[4], call.dtype):
+        partials, programs = _launch_tiled_backward(call, operands, do, out, stats, dq_dk_dv, is_packed, needs)
     else:
-        dbias, dpad, dlogit_scale = _launch_one_tile_backward(call, operands, do, dq_dk_dv, is_packed, needs)
-
-    dpad_qkv = None
-    if need_dpad:
-        dpad_qkv = do.new_zeros(3 * num_heads * head_dim, dtype=call.acc_dtype)
-        if needs.dpad:
-            dpad_qkv[num_heads * head_dim :] = dpad.sum(dim=0).flatten()  # a padded query has no gradient
-    if need_dlogit_scale:
-        dlogit_scale = dlogit_scale.sum(dim=0) * (operands.logit_scale <= MAX_LOGIT_SCALE.value)
-    return dbias.sum(dim=0) if need_dbias else None, dpad_qkv, dlogit_scale if need_dlogit_scale else None
+        partials, programs = _launch_one_tile_backward(call, operands, do, dq_dk_dv, is_packed, needs)
+    sizes = tuple([0 if grad is None else grad.numel() for grad in shared_grads])
+    if any(sizes):
+        launch = _partial_sums(sizes, programs, call.acc_dtype, tuple(map(dtype_of, shared_grads)), call.device)
+        launch(*partials, operands.logit_scale, *[do if grad is None else grad for grad in shared_grads])
 
 
-def _partial_sums(call: Call, do: torch.Tensor, needed: bool, *shape: int) -> torch.Tensor:
+@remembered
+def _partial_sums(sizes: tuple[int, ...], programs: Programs, acc_dtype: torch.dtype, dtypes: tuple, device) -> Launch:
+    return partial_sums_launch(sizes, programs, acc_dtype)
+
+
+def _room(call: Call, do: torch.Tensor, needed: bool, *shape: int) -> torch.Tensor:
     """Room for one partial sum a program; any tensor where a kernel is not going to touch it."""
     return do.new_empty(shape, dtype=call.acc_dtype) if needed else do
 
 
 def _launch_one_tile_backward(call: Call, operands: Operands, do, dq_dk_dv, is_packed: bool, needs: Needs):
-    """Partial sums of dbias, dpad and dlogit_scale."""
+    """Partial sums of dbias, dpad and dlogit_scale, and how many of each."""
     N, num_heads, head_dim = call.window_area, *call.shape[3:]
     launch, programs = _one_tile_backward(call, is_packed, needs)
-    dbias = _partial_sums(call, do, needs.dbias, programs, num_heads, N, N)
-    dpad = _partial_sums(call, do, needs.dpad, programs, 2, num_heads * head_dim)
-    dlogit_scale = _partial_sums(call, do, needs.dlogit_scale, programs, num_heads)
+    dbias = _room(call, do, needs.dbias, programs, num_heads, N, N)
+    dpad = _room(call, do, needs.dpad, programs, 2, num_heads * head_dim)
+    dlogit_scale = _room(call, do, needs.dlogit_scale, programs, num_heads)
     launch(*operands, do, *dq_dk_dv, dbias, dpad, dlogit_scale)
-    return dbias, dpad, dlogit_scale
+    return (dbias, dpad, dlogit_scale), _programs(needs, programs, programs, programs)
+
+
+def _programs(needs: Needs, *programs: int) -> Programs:
+    """Those that leave a partial sum: none of what is not needed."""
+    return Programs(*[count if need else 0 for count, need in zip(programs, needs, strict=True)])
 
 
 @remembered
@@ -337,21 +350,22 @@ def _grad_places(call: Call, is_packed: bool) -> tuple[int, dict[str, int]]:
 
 
 def _launch_tiled_backward(call: Call, operands: Operands, do, out, stats, dq_dk_dv, is_packed: bool, needs: Needs):
-    """Partial sums of dbias, dpad and dlogit_scale. The kernels run in this order: the first leaves delta to the other
-    two."""
+    """Partial sums of dbias, dpad and dlogit_scale, and how many of each. The kernels run in this order: the first
+    leaves delta to the other two."""
     N, num_heads, head_dim = call.window_area, *call.shape[3:]
     launches = _tiled_backward(call, is_packed, needs)
     operands = _with_bias_fragments(call, operands, launches.bias_extent)
-    delta = torch.empty_like(stats[..., 0])
+    delta = stats.new_empty(stats.shape[:-1])
     dq, dk, dv = dq_dk_dv
-    dlogit_scale = _partial_sums(call, do, needs.dlogit_scale, launches.dq_programs, num_heads)
+    dlogit_scale = _room(call, do, needs.dlogit_scale, launches.dq_programs, num_heads)
     launches.dq(*operands, out, stats, do, delta, dq, dlogit_scale)
-    dpad = _partial_sums(call, do, needs.dpad, launches.dkdv_programs, 2, num_heads * head_dim)
+    dpad = _room(call, do, needs.dpad, launches.dkdv_programs, 2, num_heads * head_dim)
     launches.dkdv(*operands, stats, do, delta, dk, dv, dpad)
-    dbias = _partial_sums(call, do, needs.dbias, launches.dbias_programs, num_heads, N, N)
+    dbias = _room(call, do, needs.dbias, launches.dbias_programs, num_heads, N, N)
     if needs.dbias:
         launches.dbias(*operands, stats, do, delta, dbias)
-    return dbias, dpad, dlogit_scale
+    programs = _programs(needs, launches.dbias_programs, launches.dkdv_programs, launches.dq_programs)
+    return (dbias, dpad, dlogit_scale), programs
 
 
 class _TiledBackward(NamedTuple):

@@ -181,12 +181,12 @@ def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps
     dtypes = tuple([dtype_of(t) for t in (total, dtotal, dout, y_scale, weight, dx, dy)])
     launch, programs = _layer_norm_backward(_sizes(total), eps, dtypes, total.device)
     acc_dtype = torch.promote_types(total.dtype, torch.float32)
-    dweight, dbias = total.new_empty(2, programs, total.shape[-1], dtype=acc_dtype).unbind(0)
+    partial_sums = total.new_empty(2, programs, total.shape[-1], dtype=acc_dtype)
     launch(
         dout if dtotal is None else dtotal, dout, total, total if y_scale is None else y_scale, weight,
-        dx, dx if dy is None else dy, dweight, dbias,
+        dx, dx if dy is None else dy, *partial_sums.unbind(0),
     )  # fmt: skip
-    return dweight.sum(dim=0), dbias.sum(dim=0)
+    return partial_sums.sum(dim=1).unbind(0)
 
 
 @remembered
