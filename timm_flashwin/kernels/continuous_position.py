@@ -1,4 +1,4 @@
-"""The table behind the relative position bias of the V2 family, a small MLP of every distance: a launch each way.
+"""The table behind the relative position bias of the V2 family, a small MLP of every distance, and its gradient.
 
 Shapes stand at the end of the line: t is rows of the table (distances), u hidden units, h heads.
 """
@@ -11,8 +11,8 @@ from ..geometry import cdiv
 from .launcher import INTERPRETED, Launch, acc_type, dtype_of, remembered
 
 _BLOCK_T, _BLOCK_U = 16, 64
-# In the backward programs share out the units, and each walks over all rows. In the interpreter a program costs the same
-# whatever its size.
+# In the backward programs share out the units, and each walks over all rows. In the interpreter a program costs the
+# same whatever its size.
 _BACKWARD_BLOCK_T, _BACKWARD_BLOCK_U = (64, 512) if INTERPRETED else (64, 16)
 
 
