@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..geometry import cdiv
 from .launcher import INTERPRETED, Launch, acc_type, dtype_of, remembered
+from .settings import target_arch
 
 _BLOCK_T, _BLOCK_U = 16, 64
 # In the backward programs share out the units, and each walks over all rows. In the interpreter a program costs the
@@ -194,6 +195,8 @@ def _continuous_position_table_backward(
 ) -> Launch:  # fmt: skip
     arguments = _arguments(weight2_shape, window_size, of_pairs, bounded, dtypes[2], dtypes[-1])
     arguments |= dict(BLOCK_T=_BACKWARD_BLOCK_T, BLOCK_U=_BACKWARD_BLOCK_U)
+    if target_arch(device) in (86, 89, 100):  # left alone, the compiler spills two registers there
+        arguments["maxnreg"] = 255
     grid = cdiv(weight2_shape[1], _BACKWARD_BLOCK_U), cdiv(weight2_shape[0], arguments["BLOCK_H"]), 1
     return Launch(continuous_position_table_backward_kernel, grid, arguments)
 
