@@ -5,8 +5,7 @@ Triton is imported on the first launch.
 `timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows,
 `timm_flashwin::relative_position_bias` makes the bias of both, from a table which `continuous_position_table` makes for
 the V2 family. `timm_flashwin::add_layer_norm` and `timm_flashwin::layer_norm_add` are the residual add with the norm
-after or before it. Each has a `_backward` beside it. `timm_flashwin::gelu_backward` gives the output of
-the GELU along.
+after or before it. Each has a `_backward` beside it. `timm_flashwin::gelu_backward` gives the output of the GELU along.
 They take what their callers have validated.
 """
 
@@ -482,9 +481,7 @@ def _continuous_position_table_autograd(ctx, dtable):
     return None, *_where_needed(grads, ctx.needs_input_grad[1:5]), None, None, None
 
 
-def _continuous_position_table_backward(
-    dtable, coordinates, weight1, bias1, weight2, bias2, window_size, bounded
-):  # fmt: skip
+def _continuous_position_table_backward(dtable, coordinates, weight1, bias1, weight2, bias2, window_size, bounded):
     inputs = (coordinates, weight1, bias1, weight2, bias2)
     table = dtable
     if bounded:  # once more, and not rounded: near its bounds the gradient follows from the last digits

@@ -73,9 +73,7 @@ def sum_of(ptr, places, size, programs, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     return tl.sum(total, axis=0)  # p
 
 
-def partial_sums_launch(
-    sizes: tuple[int, int, int], programs: Programs, acc_dtype: torch.dtype
-) -> Launch:  # fmt: skip
+def partial_sums_launch(sizes: tuple[int, int, int], programs: Programs, acc_dtype: torch.dtype) -> Launch:
     """A launch for dbias [num_heads, N, N], dpad_qkv [3 * num_heads * head_dim] and dlogit_scale [num_heads].
 
     `sizes` are their numbers of elements, 0 for what is not needed. It takes the partial sums of each, which have the
