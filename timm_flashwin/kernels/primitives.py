@@ -47,8 +47,8 @@ def share_of(units, program, programs):
 def placed_program(shares, multiprocessors):
     """(what this program is pinned to, its share of the windows), for a grid of (multiprocessors * programs on each).
 
-    Programs are handed to the multiprocessors in turn. Numbering them so that those of one multiprocessor come one
-    after the other lets them share the rows of the bias that they walk over, in its cache.
+    Programs are handed to the multiprocessors in turn, or nearly so. Numbering them so that those of one multiprocessor
+    come one after the other lets programs that are close in time and place walk over the same rows of the bias.
     """
     program = tl.program_id(0)
     layers = tl.num_programs(0) // multiprocessors
