@@ -1,6 +1,6 @@
 """Run timm's own scripts, unpatched, with a *_flashwin name and timm's beside it, and print a row for each run.
 
-    python scripts/check_timm_scripts.py --timm-scripts DIR [--processes 2] [--device cuda] [--data-dir IMAGES]
+    python scripts/check_timm_scripts.py --timm-scripts DIR [--processes 1 2] [--device cuda] [--data-dir IMAGES]
     python scripts/check_timm_scripts.py --timm-scripts DIR --out results/nvidia_h200/timm_scripts.jsonl
 
 DIR is the top of timm's repository: no release on PyPI has the scripts. Small models, few images, an epoch or two: the
@@ -85,7 +85,12 @@ def main() -> int:
         work = Path(folder)
         (work / "cpu_ddp.py").write_text(CPU_DDP)
         images = args.data_dir.resolve() if args.data_dir else write_images(work / "images")
-        runs = [*single_runs(args, stock, images, work), *distributed_runs(args, stock, images, work)]
+        runs = []
+        for processes in args.processes:
+            if processes == 1:
+                runs += single_runs(args, stock, images, work)
+            else:
+                runs += distributed_runs(args, stock, images, work, processes)
         for number, run in enumerate(runs, start=1):
             print(f"{number}/{len(runs)} {run.script}, {run.model}: {run.what} ...", end=" ", flush=True)
             outcome = execute(run, work, must_use_kernels=args.device == "cuda" and run.model != stock)
@@ -112,7 +117,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--timm-scripts", type=Path, required=True, metavar="DIR", help="the top of timm's repository")
     parser.add_argument("--model", default="swin_tiny_flashwin", choices=sorted(flashwin_names()), metavar="NAME")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="image folder with train/ and validation/ (noise)")
-    parser.add_argument("--processes", type=int, default=2, help="of the distributed runs; 1: none (%(default)s)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=(1, 2),
+        metavar="N",
+        help="1: every script; more: train.py under torchrun (1 2)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows there, too, as JSON Lines")
     parser.add_argument("--commit", help="what the rows name; by default the checkout's HEAD")
@@ -123,8 +135,8 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--timm-scripts: there is no {name} in {args.timm_scripts}")
     if args.data_dir is not None and not (args.data_dir / "train").is_dir():
         parser.error(f"--data-dir: there is no folder {args.data_dir / 'train'}")
-    if args.device == "cuda" and args.processes > torch.cuda.device_count():
-        parser.error(f"--processes {args.processes}: each needs a GPU, and there are {torch.cuda.device_count()}")
+    if args.device == "cuda" and max(args.processes) > torch.cuda.device_count():
+        parser.error(f"--processes {max(args.processes)}: each needs a GPU, and there are {torch.cuda.device_count()}")
     return args
 
 
@@ -215,17 +227,15 @@ def single_runs(args: argparse.Namespace, stock: str, images: Path, work: Path) 
     yield Run("bulk_runner.py", 1, args.model, "benchmark.py of all names", full, check_csv(table, 2))
 
 
-def distributed_runs(args: argparse.Namespace, stock: str, images: Path, work: Path) -> Iterator[Run]:
+def distributed_runs(args: argparse.Namespace, stock: str, images: Path, work: Path, processes: int) -> Iterator[Run]:
     """train.py under torchrun, the names from its own flag, and once from `timm-flashwin run`."""
-    if args.processes == 1:
-        return
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
-    yield from train_runs(args, stock, images, work, torchrun, args.processes)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    yield from train_runs(args, stock, images, work, torchrun, processes)
     launcher = [*torchrun, *PLUGIN_RUN]
     options = train_options(args, args.model, images, work, "run")
-    command = [*launcher, script(args, "train.py"), *device_modules(args, args.processes), *options, "--epochs", "1"]
+    command = [*launcher, script(args, "train.py"), *device_modules(args, processes), *options, "--epochs", "1"]
     what = "names from timm-flashwin run"
-    yield Run("train.py", args.processes, args.model, what, command, check_epochs(0), AVERAGE_RATE)
+    yield Run("train.py", processes, args.model, what, command, check_epochs(0), AVERAGE_RATE)
 
 
 def train_runs(
