@@ -22,6 +22,12 @@ BAD_MAPS = {
     "rank": (ValueError, "3 dimensions", dict(qkv=torch.zeros(8, 8, 96))),
     "channels": (ValueError, "not 3 \\* num_heads \\* head_dim", dict(qkv=torch.zeros(1, 8, 8, 97))),
     "no heads": (ValueError, "num_heads=0", dict(num_heads=0)),
+    "part of a head": (TypeError, "num_heads is 2.0; it must be an int", dict(num_heads=2.0)),
+    "part of a token": (TypeError, "window_size\\[1\\] is 4.0; it must be an int", dict(window_size=(4, 4.0))),
+    "three sizes": (TypeError, "window_size is \\(4, 4, 4\\); it must be", dict(window_size=(4, 4, 4))),
+    "a truth for a shift": (TypeError, "shift_size is True; it must be an int", dict(shift_size=True)),
+    "no window": (TypeError, "window_size is None; it must be an int", dict(window_size=None)),
+    "eight bits": (TypeError, "torch.float8_e4m3fn; allowed are", dict(qkv=make_map().to(torch.float8_e4m3fn))),
     "window of nothing": (ValueError, "window_size is \\(0, 4\\)", dict(window_size=(0, 4))),
     "negative shift": (ValueError, "shift_size is \\(-1, -1\\)", dict(shift_size=-1)),
     "empty map": (ValueError, "at least 1", dict(qkv=torch.zeros(1, 0, 8, 96))),
@@ -33,6 +39,13 @@ BAD_MAPS = {
     "pad shape": (ValueError, "pad_qkv has the shape \\(95,\\)", dict(pad_qkv=torch.zeros(95))),
     "impl": (ValueError, "'auto', 'triton', 'reference'", dict(impl="cuda")),
 }
+
+
+def test_sizes_may_be_integers_of_another_type():
+    qkv = make_map()
+    expected = window_attention(qkv, 2, (4, 4), (2, 2))
+    sizes = torch.tensor(4), [torch.tensor(2), 2]
+    torch.testing.assert_close(window_attention(qkv, torch.tensor(2), *sizes), expected, rtol=0, atol=0)
 
 
 def test_sizes_that_are_symbols_are_checked_too():

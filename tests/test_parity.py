@@ -228,6 +228,7 @@ def one_error(capsys) -> str:
         (["--data-dir", "{val}", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--data-dir", "{val}", "--json", "{tmp}/none/a.json"], "none/a.json cannot be written"),
         (["--data-dir", "{val}", "--csv", "{tmp}"], "cannot be written"),
+        (["--data-dir", "{val}", "--json", "/proc/a.json"], "/proc/a.json cannot be written"),
     ],
 )
 def test_wrong_input_is_named_in_one_line(args, message, imagenet, tmp_path, capsys):

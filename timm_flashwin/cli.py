@@ -134,7 +134,7 @@ def resolve_device(name: str):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # which a device without memory, such as meta, refuses
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise CliError(f"--device {name} cannot be used: {one_line(error)}") from error
     return device

@@ -3,12 +3,12 @@
 import functools
 import importlib
 import logging
+import operator
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
-from .geometry import to_pair
 from .kernels import needs_stats
 from .ops import compute_dtype, transforms_are_on
 
@@ -31,6 +31,7 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 MAX_WINDOW_AREA = 24 * 24
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (*_KERNEL_DTYPES, torch.float64)
 _TABLE_LAYOUT = "[(2 * Wh - 1) * (2 * Ww - 1), num_heads]"
 
 
@@ -79,10 +80,12 @@ def window_attention(
         and `logit_scale` (whose gradient is 0 above log 100).
 
     Raises:
-        TypeError: An argument is not a tensor or has a dtype that is not supported, or dtypes or devices are mixed.
+        TypeError: An argument is not a tensor or has a dtype that is not supported, a size is no int or pair of ints,
+            or dtypes or devices are mixed.
         ValueError: A shape, size or `impl` is not allowed, or `impl="triton"` cannot run on this device.
     """
-    window_size, shift_size = to_pair(window_size), to_pair(shift_size)
+    num_heads = _int("num_heads", num_heads)
+    window_size, shift_size = _pair("window_size", window_size), _pair("shift_size", shift_size)
     scale = None if scale is None else float(scale)
     tensors = qkv, bias, pad_qkv, logit_scale
     head_dim, scale = _checked_map_call(*map(_metadata, tensors), num_heads, window_size, shift_size, scale)
@@ -160,7 +163,7 @@ def relative_position_bias(table: Tensor, window_size: int | tuple[int, int], im
     Raises:
         TypeError, ValueError: As in `window_attention`.
     """
-    window_size = to_pair(window_size)
+    window_size = _pair("window_size", window_size)
     _checked_table(_metadata(table), window_size)
     if _use_kernels(impl, table.device, table.dtype, None, window_size[0] * window_size[1]):
         return ops.relative_position_bias(table, window_size)
@@ -168,6 +171,25 @@ def relative_position_bias(table: Tensor, window_size: int | tuple[int, int], im
 
 
 # ------------------------------------------------------------------------------------------------ validation
+
+
+def _int(name: str, value) -> int:
+    """`value`, which has to be a whole number; checked for every call, because 3.0 and True are found as 3 and 1."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        return operator.index(value)
+    raise TypeError(f"{name} is {value!r}; it must be an int")
+
+
+def _pair(name: str, value) -> tuple[int, int]:
+    """`7` -> `(7, 7)`; `(7, 5)` stays."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise TypeError(f"{name} is {value!r}; it must be an int, or a pair of ints (rows, columns)")
+        return _int(f"{name}[0]", value[0]), _int(f"{name}[1]", value[1])
+    value = _int(name, value)
+    return value, value
 
 
 def _metadata(x):
@@ -255,7 +277,7 @@ def _check_float_tensor(name: str, x, ndim: int, layout: str) -> None:
         kind = "NoneType" if x is None else x.__name__
         raise TypeError(f"{name} is a {kind}; it must be a torch.Tensor {layout}")
     shape, dtype, _ = x
-    if not dtype.is_floating_point:
+    if dtype not in _DTYPES:
         raise TypeError(f"{name} has the dtype {dtype}; allowed are float16, bfloat16, float32 and float64")
     if len(shape) != ndim:
         raise ValueError(f"{name} has {len(shape)} dimensions, shape {tuple(shape)}; it must be {layout}")

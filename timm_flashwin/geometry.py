@@ -12,11 +12,6 @@ import torch
 MASK_VALUE = -100.0
 
 
-def to_pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """`7` -> `(7, 7)`; `(7, 5)` stays."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own takes ten times as long on the host."""
     return -(-a // b)

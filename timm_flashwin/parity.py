@@ -53,8 +53,13 @@ def run_parity(
         CliError: What was given cannot be used, or the device's memory is too small.
     """
     for path in filter(None, (json_path, csv_path)):  # before the pass, not after it
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise CliError(f"{path} cannot be written; it has to be a file in a folder that exists")
+        existed = path.exists()
+        try:
+            path.open("a").close()
+            if not existed:
+                path.unlink()
+        except OSError as error:
+            raise CliError(f"{path} cannot be written: {error.strerror}") from error
     images = LabelledImages(data_dir)
     stock_name, flashwin_name = pair_names(name)
     stock, flashwin = (model.eval().to(device) for model in create_pair(stock_name, flashwin_name, checkpoint))

@@ -105,5 +105,6 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state_dict)
     except Exception as error:  # a file from anywhere can be wrong in any way
         raise CliError(
-            f"--checkpoint {path} cannot be loaded into {type(model).__name__}: {one_line(error)}"
+            f"--checkpoint {path} cannot be loaded into {type(model).__name__}: "
+            f"{type(error).__name__}: {one_line(error)}; it has to be .safetensors, or a .pth of such a state dict"
         ) from error

@@ -1,1 +1,1 @@
-"""timm's Swin models on the kernels: the only place that knows timm's classes."""
+"""timm's Swin models on the kernels: the only place that changes timm's classes."""
