@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import timm
+import torch
 from timm.models import get_arch_pretrained_cfgs
 
 import timm_flashwin  # noqa: F401  (registers the names)
@@ -81,3 +82,9 @@ def test_a_created_model_has_the_kernels_under_it(name, block, attention):
     blocks = [module for module in model.modules() if hasattr(module, "attn")]
     assert {type(module).__name__ for module in blocks} == {block}
     assert {type(module.attn).__name__ for module in blocks} == {attention}
+
+
+def test_features_by_a_traced_graph_are_timms_model():
+    small = dict(img_size=56, depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 2, 3, 4))
+    model = timm.create_model("swin_tiny_flashwin", features_only=True, feature_cls="fx", **small)
+    assert [features.shape[-1] for features in model(torch.randn(1, 3, 56, 56))] == [24, 48, 96, 192]

@@ -28,6 +28,8 @@ def run_classify(
         if not path.is_file():
             raise CliError(f"{path} is no file")
     model = create_model(name, pretrained, checkpoint).eval().to(device)
+    if not model.num_classes:
+        raise CliError(f"--model {name} has no classes; choose a model or a tag with a classifier")
     if not pretrained and checkpoint is None:
         warn("the weights are random, so the classes mean nothing; pass --pretrained, or --checkpoint FILE")
     config = resolve_model_data_config(model)

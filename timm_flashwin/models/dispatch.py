@@ -21,13 +21,15 @@ class FlashAttention:
         """Tokens of a window."""
         return self.window_size[0] * self.window_size[1]
 
-    def fallback(self, x: Tensor) -> bool:
-        """Whether timm's own code has to serve `x`, the input of the qkv projection. The reason is logged once.
+    def fallback(self, x: Tensor, mask: Tensor | None = None) -> bool:
+        """Whether timm's own code has to serve `x`, the input of the qkv projection, and a `mask` of windows.
+
+        The reason is logged once.
 
         Raises:
             ValueError: It has to, and `impl="triton"` forbids it.
         """
-        reason = self._fallback_reason(x)
+        reason = self._fallback_reason(x, mask)
         if reason is None:
             return False
         if self.impl == "triton":
@@ -35,22 +37,24 @@ class FlashAttention:
         log_fallback(reason, "fx" if isinstance(x, torch.fx.Proxy) else x.device.type)
         return True
 
-    def _fallback_reason(self, x: Tensor) -> str | None:
+    def _fallback_reason(self, x: Tensor, mask: Tensor | None) -> str | None:
         if isinstance(x, torch.fx.Proxy):
             return "torch.fx traces timm's code"
         if is_exportable() or is_scriptable():
             return "timm.layers.is_exportable() or is_scriptable() asks for it"
+        if not all(map(_is_stock_weight_module, self._weight_modules())):
+            return "a hook or a module of somebody's own asks for the attention weights, which the kernels never hold"
         if self._drops():
             return "attention dropout is on (attn_drop_rate > 0 in training), which the kernels do not have"
-        if any(is_hooked(module) for module in self._weight_modules()):
-            return "a hook asks for the attention weights, which the kernels never hold"
+        if mask is not None and (mask.requires_grad or not mask.is_floating_point()):
+            return "the mask is to be trained, or is of no float dtype"
         if self.impl != "auto":
             return None  # what else impl="triton" cannot do, it says itself
         return fallback_reason(x.device, x.dtype, self.head_dim, self.num_tokens)
 
     def _drops(self) -> bool:
         """Whether timm's code would drop attention weights."""
-        return not isinstance(self.attn_drop, (nn.Identity, nn.Dropout)) or drops(self.attn_drop)
+        return type(self.attn_drop) not in (nn.Identity, nn.Dropout) or drops(self.attn_drop)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, shift_size: tuple[int, int] | None = None) -> Tensor:
         """Attend in windows.
@@ -63,7 +67,7 @@ class FlashAttention:
         Returns:
             The shape of `x`.
         """
-        if shift_size is None and self.fallback(x):
+        if shift_size is None and self.fallback(x, mask):
             return super().forward(x, mask)
         qkv = self._project(x)  # ..., 3 * num_heads * head_dim
         scale, logit_scale = self._scale()
@@ -80,40 +84,51 @@ class FlashAttention:
         return self.qkv(x)
 
     def _qkv_bias(self) -> Tensor | None:
-        """What `_project` adds, [3 * num_heads * head_dim], and so what it makes of zeros where `_qkv_is_plain`."""
+        """What `_project` adds, [3 * num_heads * head_dim], and so what it makes of zeros where `qkv_is_plain`."""
         return self.qkv.bias
 
-    def _qkv_is_plain(self) -> bool:
-        return type(self.qkv) is nn.Linear and not is_hooked(self.qkv)
+    def qkv_is_plain(self) -> bool:
+        """Whether the qkv projection is a Linear, and nothing else."""
+        return type(self.qkv) is nn.Linear and is_untouched(self.qkv)
+
+    def pads(self, x: Tensor) -> bool:
+        """Whether timm pads the map `x` [B, H, W, C] to whole windows."""
+        return bool(x.shape[1] % self.window_size[0] or x.shape[2] % self.window_size[1])
 
     def _pad_qkv(self, x: Tensor) -> Tensor | None:
-        """The qkv of the zeros timm pads the map [B, H, W, C] with; None for zeros, or where nothing is padded."""
-        _, H, W, C = x.shape
-        if H % self.window_size[0] == 0 and W % self.window_size[1] == 0:
-            return None
-        if self._qkv_is_plain():
-            return self._qkv_bias()
-        # Adapted, quantised, sharded or hooked: the module tells by itself what it makes of zeros.
-        return self._project(x.new_zeros(1, 1, 1, C)).flatten()
+        """The qkv of the zeros timm pads the map with; None for zeros, or where nothing is padded."""
+        return self._qkv_bias() if self.pads(x) else None
 
 
 def takes_map(attention: nn.Module, x: Tensor) -> bool:
     """Whether a block may hand `attention` the whole map `x` [B, H, W, C].
 
-    What somebody put in the attention's place, timm's own class included, is called as timm calls it.
+    What somebody put in the attention's place, timm's own class included, is called as timm calls it; and so is an
+    adapted, sharded or hooked qkv projection of a padded map, which alone knows what it makes of the padding.
     """
-    return hasattr(attention, "fallback") and not attention.fallback(x)
+    if not isinstance(attention, FlashAttention) or "forward" in attention.__dict__ or attention.fallback(x):
+        return False
+    return attention.qkv_is_plain() or not attention.pads(x)
+
+
+def _is_stock_weight_module(module: nn.Module) -> bool:
+    """Whether `module` is the softmax or the dropout of timm's attention, and nobody would miss a call of it."""
+    is_stock = type(module) in (nn.Identity, nn.Dropout) or type(module) is nn.Softmax and module.dim in (-1, 3)
+    return is_stock and not (is_hooked(module) or has_backward_hooks(module) or "forward" in module.__dict__)
 
 
 def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Whether nobody could tell that `module` is not called: no hook, its own or one on all modules, and no `forward`
     of the instance's own."""
-    backward_hooks = module._backward_hooks or module._backward_pre_hooks
-    hooked = is_hooked(module) or backward_hooks or nn.modules.module._has_any_global_hook()
+    hooked = is_hooked(module) or has_backward_hooks(module) or nn.modules.module._has_any_global_hook()
     return not (hooked or "forward" in module.__dict__)
 
 

@@ -15,12 +15,17 @@ from .dispatch import drops, is_untouched
 
 def mlp(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, for a block whose norms are fused (`norms.fuses_norms`)."""
-    if not (torch.is_grad_enabled() and _is_plain(module)):
+    if not (torch.is_grad_enabled() and torch._C._get_tracing_state() is None and _is_plain(module)):
         return module(x)
     hidden, linear = module.fc1(x), module.fc2
     if _trains(hidden, linear.weight):
         return _GeluLinear.apply(hidden, linear.weight, linear.bias)
     return linear(module.act(hidden))
+
+
+def starts_with_linear(module: nn.Module) -> bool:
+    """Whether a Linear takes what timm's MLP is given, and nobody looks at it before."""
+    return type(module) is Mlp and type(module.fc1) is nn.Linear and is_untouched(module) and is_untouched(module.fc1)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -30,8 +35,7 @@ def _is_plain(module: nn.Module) -> bool:
         and (type(module.act) is GELU or type(module.act) is nn.GELU and module.act.approximate == "none")
         and type(module.norm) is nn.Identity
         and type(module.fc2) is nn.Linear
-        and not drops(module.drop1)
-        and not drops(module.drop2)
+        and all(type(drop) in (nn.Dropout, nn.Identity) and not drops(drop) for drop in (module.drop1, module.drop2))
         and all(map(is_untouched, (module, module.act, module.drop1, module.norm, module.fc2, module.drop2)))
     )
 
@@ -65,6 +69,6 @@ class _GeluLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         dx, out = ops.gelu_backward(dout @ weight, x)
-        rows = dout.flatten(0, -2)
-        dweight = (rows.T @ out.flatten(0, -2)).to(weight_dtype)
+        rows = dout.reshape(-1, dout.shape[-1])  # not flatten, which has no rule for is_grads_batched=True
+        dweight = (rows.T @ out.reshape(-1, out.shape[-1])).to(weight_dtype)
         return dx, dweight, rows.sum(dim=0).to(bias_dtype) if ctx.needs_input_grad[2] else None

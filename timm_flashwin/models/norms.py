@@ -36,15 +36,25 @@ def fuses_norms(block: nn.Module, x: Tensor) -> bool:
     )
 
 
-def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """`norm(x)` in the dtype in which a Linear takes it: autocast's, or that of `x`."""
-    return ops.add_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, ops.compute_dtype(x))[1]
+def layer_norm(norm: nn.LayerNorm, x: Tensor, into_linear: bool) -> Tensor:
+    """`norm(x)`; see `_handed_on` for its dtype."""
+    return ops.add_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, _handed_on(x, into_linear))[1]
 
 
-def add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> tuple[Tensor, Tensor]:
-    """`total = x + drop_path(y)` and `norm(total)`, the latter in the dtype in which a Linear takes it."""
+def add_layer_norm(
+    norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module, into_linear: bool
+) -> tuple[Tensor, Tensor]:
+    """`total = x + drop_path(y)` and `norm(total)`; see `_handed_on` for the dtype of the latter."""
     scale = _sample_scale(drop_path, y, y.dtype)
-    return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, ops.compute_dtype(x))
+    return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, _handed_on(x, into_linear))
+
+
+def _handed_on(x: Tensor, into_linear: bool) -> torch.dtype:
+    """The dtype in which a norm of `x` hands it on: autocast's, in which a Linear takes it, or that of `x`. What else
+    may come next, under an autocast of its own, gets what timm's norm gives: float32 under autocast."""
+    if into_linear or ops.autocast_dtype(x.device.type) is None:
+        return ops.compute_dtype(x)
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> Tensor:

@@ -7,6 +7,7 @@ that name into the config.json, and timm alone, where this package is not instal
 """
 
 import timm
+import torch
 from timm.layers import is_exportable, is_scriptable
 from timm.models import DefaultCfg, generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
 from torch import nn
@@ -47,6 +48,8 @@ def _entrypoint(name: str, arch: str):
             model.pretrained_cfg["architecture"] = arch
         if is_exportable() or is_scriptable():  # asked for at construction, through create_model
             log_fallback("exportable=True or scriptable=True asks for it", "cpu")
+        elif any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):  # feature_cls="fx"
+            log_fallback("torch.fx traces timm's code", "fx")
         else:
             accelerate(model)
         return model

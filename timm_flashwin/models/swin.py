@@ -9,8 +9,8 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import nn
 
 from ..functional import relative_position_bias
-from .dispatch import FlashAttention, takes_map
-from .mlp import mlp
+from .dispatch import FlashAttention, is_untouched, takes_map
+from .mlp import mlp, starts_with_linear
 from .norms import add_layer_norm, fuses_norms, layer_norm
 
 
@@ -19,8 +19,14 @@ class FlashWindowAttention(FlashAttention, WindowAttention):
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head; from the scale, because an adapter in a Linear's place need not tell its size."""
-        return round(self.scale**-2)
+        """Channels of a head; from the scale where an adapter in the Linear's place does not tell its size."""
+        channels = getattr(self.qkv, "out_features", None)
+        return channels // (3 * self.num_heads) if isinstance(channels, int) else round(self.scale**-2)
+
+    def _fallback_reason(self, x: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+        if not isinstance(self.scale, (int, float)) or self.scale < 0:
+            return "attn.scale is no number of 0 or more"
+        return super()._fallback_reason(x, mask)
 
     def _scale(self) -> tuple[float, None]:
         return self.scale, None
@@ -48,7 +54,11 @@ class FlashSwinTransformerBlock(SwinTransformerBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
-        x, *normed = add_layer_norm(self.norm2, x, self._attn(layer_norm(self.norm1, x)), self.drop_path1)
+        into_qkv = self.attn.qkv_is_plain() and is_untouched(self.attn)
+        into_fc1 = starts_with_linear(self.mlp)
+        x, *normed = add_layer_norm(
+            self.norm2, x, self._attn(layer_norm(self.norm1, x, into_qkv)), self.drop_path1, into_fc1
+        )
         # Popped: a name for it here would hold its memory until the block is done.
         return x + self.drop_path2(mlp(self.mlp, normed.pop().flatten(1, 2))).view(x.shape)
 

@@ -37,8 +37,8 @@ class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
             return self.qkv.bias
         return torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
-    def _qkv_is_plain(self) -> bool:
-        return super()._qkv_is_plain() and not self.qkv_bias_separate
+    def qkv_is_plain(self) -> bool:
+        return super().qkv_is_plain() and not self.qkv_bias_separate
 
     def _scale(self) -> tuple[None, torch.Tensor]:
         return None, self.logit_scale.flatten()  # num_heads

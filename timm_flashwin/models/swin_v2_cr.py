@@ -11,7 +11,7 @@ from torch import nn
 
 from ..functional import relative_position_bias
 from ..geometry import distance_rows
-from .dispatch import FlashAttention, drops, is_hooked, takes_map
+from .dispatch import FlashAttention, drops, is_untouched, takes_map
 from .norms import fuses_norms, post_norm_branches
 from .position_mlp import position_table
 
@@ -49,7 +49,7 @@ class FlashSwinV2CrWindowAttention(FlashAttention, WindowMultiHeadAttention):
     def _meta_mlp_is_plain(self) -> bool:
         """Whether equal rows of `meta_mlp` give equal rows, and nobody counts them; active dropout draws for each."""
         return all(
-            type(module) in _ROW_BY_ROW and not is_hooked(module) and not drops(module)
+            type(module) in _ROW_BY_ROW and is_untouched(module) and not drops(module)
             for module in self.meta_mlp.modules()
         )
 
