@@ -144,6 +144,7 @@ def test_models_without_a_match_says_so(capsys):
         (["{tmp}/text.png", "--model", TWIN], "text.png cannot be read as an image"),
         (["{tmp}/cut.png", "--model", TWIN], "cut.png cannot be read as an image"),
         (["{photo}", "--model", TWIN, "--checkpoint", "{tmp}/none.pth"], "none.pth is no file"),
+        (["{photo}", "--model", TWIN, "--checkpoint", "{tmp}/text.pth"], "text.pth cannot be loaded"),
         (["{photo}", "--model", TWIN, "--checkpoint", "{tmp}/text.pth"], "it has to be .safetensors, or a .pth"),
         (["{photo}", "--model", TWIN, "--checkpoint", "{tmp}/text.safetensors"], "text.safetensors cannot be loaded"),
         (["{photo}", "--model", TWIN, "--checkpoint", "{tmp}/tensor.pth"], "tensor.pth cannot be loaded"),

@@ -108,28 +108,25 @@ def takes_map(attention: nn.Module, x: Tensor) -> bool:
     """
     if not isinstance(attention, FlashAttention) or "forward" in attention.__dict__ or attention.fallback(x):
         return False
-    return attention.qkv_is_plain() or not attention.pads(x)
+    return not attention.pads(x) or attention.qkv_is_plain()
 
 
 def _is_stock_weight_module(module: nn.Module) -> bool:
     """Whether `module` is the softmax or the dropout of timm's attention, and nobody would miss a call of it."""
     is_stock = type(module) in (nn.Identity, nn.Dropout) or type(module) is nn.Softmax and module.dim in (-1, 3)
-    return is_stock and not (is_hooked(module) or has_backward_hooks(module) or "forward" in module.__dict__)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def has_backward_hooks(module: nn.Module) -> bool:
-    return bool(module._backward_hooks or module._backward_pre_hooks)
+    return is_stock and _is_bare(module)
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody could tell that `module` is not called: no hook, its own or one on all modules, and no `forward`
-    of the instance's own."""
-    hooked = is_hooked(module) or has_backward_hooks(module) or nn.modules.module._has_any_global_hook()
-    return not (hooked or "forward" in module.__dict__)
+    """Whether nobody could tell that `module` is not called, one with a hook on all modules included."""
+    return _is_bare(module) and not nn.modules.module._has_any_global_hook()
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether the instance has no hook and no `forward` of its own."""
+    forward_hooks = module._forward_hooks or module._forward_pre_hooks
+    backward_hooks = module._backward_hooks or module._backward_pre_hooks
+    return not (forward_hooks or backward_hooks or "forward" in module.__dict__)
 
 
 def drops(module: nn.Module) -> bool:

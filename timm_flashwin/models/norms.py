@@ -59,8 +59,7 @@ def _handed_on(x: Tensor, into_linear: bool) -> torch.dtype:
 
 def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> Tensor:
     """`x + drop_path(norm(y))`."""
-    autocast = ops.autocast_dtype(y.device.type) is not None
-    dtype = torch.promote_types(y.dtype, torch.float32) if autocast else y.dtype  # autocast runs norms in float32
+    dtype = _handed_on(y, into_linear=False)
     return ops.layer_norm_add(x, y, _sample_scale(drop_path, y, dtype), norm.weight, norm.bias, norm.eps, dtype)
 
 
