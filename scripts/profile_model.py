@@ -56,6 +56,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from benchmark_model import GB, PRECISIONS, Entry, Inference, Runner, Training, draw_images, draw_weights
@@ -101,6 +102,13 @@ BLOCKS = (
     swin_transformer_v2.SwinTransformerV2Block,
     swin_transformer_v2_cr.SwinTransformerV2CrBlock,
 )
+TIMMS_ATTENTION = (
+    (swin_transformer.SwinTransformerBlock, "_attn"),
+    (swin_transformer_v2.SwinTransformerV2Block, "_attn"),
+    (swin_transformer_v2_cr.SwinTransformerV2CrBlock, "_shifted_window_attn"),
+    # Of an attention that flashwin computes: where its dropout draws for every pair of tokens.
+    (swin_transformer_v2_cr.WindowMultiHeadAttention, "_relative_positional_encodings"),
+)
 PATCH_MERGINGS = (
     swin_transformer.PatchMerging,
     swin_transformer_v2.PatchMerging,
@@ -114,7 +122,11 @@ ATTENTION_RANGE = "profile_model: attention"
 ENGINE = "autograd::engine::evaluate_function: "  # + the node's name; torch's range around all that a node causes
 BACKWARD_FUNCTION, USER_SCOPE = 1, 7  # of at::RecordScope
 LINEARS = ("aten::linear", "_GeluLinear")  # the latter is models/mlp.py's, the GELU and the Linear after it
+OURS = "timm_flashwin::"
 ADDS = ("aten::add", "aten::add_")
+
+WAYS = ("", "_backward")
+OUR_ATTENTION = ("window_attention", "windowed_sdpa", "relative_position_bias", "continuous_position_table")
 
 # Operators that say it all, wherever they are found among the callers of a kernel's operator.
 DECISIVE = {
@@ -122,24 +134,34 @@ DECISIVE = {
     "aten::mm": "linears",
     "aten::convolution": "patch_convolution",
     "aten::native_layer_norm": "norms",
-    "timm_flashwin::add_layer_norm": "norms",
-    "timm_flashwin::layer_norm_add": "norms",
     "aten::gelu": "activations",
-    "timm_flashwin::gelu_backward": "activations",
+    # By these names also where a whole block is one node, whose backward calls the backward operators itself.
+    **dict.fromkeys((OURS + name + way for name in ("add_layer_norm", "layer_norm_add") for way in WAYS), "norms"),
+    **dict.fromkeys((OURS + name + way for name in OUR_ATTENTION for way in WAYS), "attention"),
+    OURS + "gelu_backward": "activations",
     "aten::dropout": "residual_adds",
     "aten::mean": "pooling_and_loss",
     "aten::adaptive_avg_pool2d": "pooling_and_loss",
     "aten::cross_entropy_loss": "pooling_and_loss",
     "aten::ones_like": "pooling_and_loss",  # the gradient of the loss
 }
-COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::constant_pad_nd")
+COPIES = (
+    "aten::copy_",
+    "aten::_foreach_copy_",
+    "aten::cat",
+    "aten::_to_copy",
+    "aten::clone",
+    "aten::contiguous",
+    "aten::constant_pad_nd",
+)
 # Those that mean something only outside of the others.
 PLAIN = {
     **dict.fromkeys(COPIES, "copies"),
-    **dict.fromkeys((*ADDS, "aten::mul", "aten::div_", "aten::bernoulli_"), "residual_adds"),
+    **dict.fromkeys((*ADDS, "aten::addcmul", "aten::mul", "aten::div_", "aten::bernoulli_"), "residual_adds"),
     **dict.fromkeys(("aten::new_ones", "aten::fill_"), "residual_adds"),  # what stochastic depth is asked to scale
     "aten::layer_norm": "norms",  # around the decisive ones, and around autocast's casts in front of them
     "aten::conv2d": "patch_convolution",
+    "aten::sum": "linears",  # the bias gradients, where a whole block is one node
 }
 # They launch nothing, and are seen only where it is the host's time that is profiled.
 VIEWS = (
@@ -149,30 +171,36 @@ VIEWS = (
     "aten::detach",
     "aten::empty",
     "aten::flatten",
+    "aten::matmul",
+    "aten::narrow",
     "aten::new_empty",
+    "aten::numpy_T",
     "aten::pad",
     "aten::permute",
     "aten::promote_types",
     "aten::reshape",
+    "aten::slice",
+    "aten::squeeze",
+    "aten::unsqueeze",
+    "aten::to",
+    "aten::unflatten_dense_tensors",
     "aten::view",
     "detach",
+    "_FusedBlock",  # a whole block, beside what it is made of
 )
 
 
 @contextlib.contextmanager
-def marked_attention(model: nn.Module) -> Iterator[None]:
-    """Put a profiler range around what every block does to its map from the norm before to the norm or add after it."""
-    marked = []
-    for block in model.modules():
-        if isinstance(block, BLOCKS):
-            name = "_attn" if hasattr(block, "_attn") else "_shifted_window_attn"
-            setattr(block, name, record_function(ATTENTION_RANGE)(getattr(block, name)))
-            marked.append((block, name))
-    try:
+def marked_attention() -> Iterator[None]:
+    """Put a profiler range around timm's own way from a block's norm before the attention to the norm or add after it.
+
+    The operators of flashwin say by their names what they are.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name in TIMMS_ATTENTION:
+            marked = record_function(ATTENTION_RANGE)(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, marked))
         yield
-    finally:
-        for block, name in marked:
-            delattr(block, name)  # the class's method is there again
 
 
 def callers(event: FunctionEvent | None) -> Iterator[FunctionEvent]:
@@ -252,11 +280,11 @@ class Profile(NamedTuple):
     unknown: dict[str, float]  # operator -> milliseconds of what no rule knows
 
 
-def profile_steps(model: nn.Module, step: Callable[[], object], device: torch.device, steps: int) -> Profile:
+def profile_steps(step: Callable[[], object], device: torch.device, steps: int) -> Profile:
     """Profile `steps` steps, which have to be warmed up."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with marked_attention(model):
+    with marked_attention():
         with profile(activities=activities):  # the first one of a process starts the tracer, and is not counted
             step()
         with profile(activities=activities) as recorded:
@@ -549,7 +577,7 @@ def main() -> None:
     speed = copy_speed(device, args.repeats)
     rows = []
     for provider, runner in runners.items():
-        measured = profile_steps(runner.model, runner.step, device, args.steps)
+        measured = profile_steps(runner.step, device, args.steps)
         rows += make_rows(entry, provider, measured, timings.get(provider), moved, speed, common)
         for remark in remarks(provider, measured):
             print(remark)

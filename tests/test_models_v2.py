@@ -363,7 +363,7 @@ WINDOWS = [(4, 6), (6, 4), (7, 7), (2, 3)]
 @pytest.mark.parametrize("family, window", [(f, w) for f in FAMILIES for w in WINDOWS] + [(CR, (1, 5)), (CR, (1, 1))])
 def test_bias_is_timms(family, window, impl, ieee, poisoned):
     attention = make_attention(family, window, impl)
-    ours, expected = attention._position_bias(), timms_bias(attention)
+    ours, expected = attention.position_bias(), timms_bias(attention)
     assert ours.is_contiguous() and ours.shape == expected.shape
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
@@ -372,14 +372,14 @@ def test_bias_is_timms(family, window, impl, ieee, poisoned):
 @pytest.mark.parametrize("family, window", [(V2, (5, 3)), (CR, (6, 4))])
 def test_bias_follows_weights_and_window(family, window, impl, ieee):
     attention = make_attention(family, (4, 6), impl)
-    before = attention._position_bias()
+    before = attention.position_bias()
     with torch.no_grad():
         for parameter in (attention.cpb_mlp if family == V2 else attention.meta_mlp).parameters():
             parameter.mul_(1.5)
-    assert not torch.allclose(attention._position_bias(), before)
-    torch.testing.assert_close(attention._position_bias(), timms_bias(attention), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(attention.position_bias(), before)
+    torch.testing.assert_close(attention.position_bias(), timms_bias(attention), rtol=1e-5, atol=1e-6)
     attention.set_window_size(window)
-    torch.testing.assert_close(attention._position_bias(), timms_bias(attention), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention.position_bias(), timms_bias(attention), rtol=1e-5, atol=1e-6)
 
 
 @both_implementations
@@ -391,10 +391,10 @@ def test_gradients_of_the_bias_mlp_are_float64s(family, impl, ieee):
     exact.impl = "reference"
     exacts = list((exact.cpb_mlp if family == V2 else exact.meta_mlp).parameters())
     dbias = torch.randn(2, 24, 24, device=KERNEL_DEVICE)
-    bias = attention._position_bias()
+    bias = attention.position_bias()
     with torch.autocast(KERNEL_DEVICE, torch.bfloat16, enabled=impl == "triton"):  # products of modules it would round
         grads = torch.autograd.grad(bias, parameters, dbias)
-    for our, expected in zip(grads, torch.autograd.grad(exact._position_bias(), exacts, dbias.double()), strict=True):
+    for our, expected in zip(grads, torch.autograd.grad(exact.position_bias(), exacts, dbias.double()), strict=True):
         assert our.dtype == torch.float32 and relative_error(our, expected) < 1e-5
 
 
@@ -405,7 +405,7 @@ def test_the_bias_mlp_is_called_where_somebody_could_tell(family):
     seen = []
     for module in mlp.modules():
         module.register_forward_hook(lambda module, args, output: seen.append(module))
-    attention._position_bias()
+    attention.position_bias()
     assert set(seen) == set(mlp.modules())
 
 
@@ -429,10 +429,10 @@ class KnowsLinearAlone(torch.Tensor):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bias_mlp_is_called_where_its_weights_are_of_another_class(family):
     attention = make_attention(family, impl="triton")
-    expected = attention._position_bias()
+    expected = attention.position_bias()
     linear = (attention.cpb_mlp[0] if family == V2 else attention.meta_mlp.fc1).requires_grad_(False)
     linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(KnowsLinearAlone), requires_grad=False)
-    torch.testing.assert_close(attention._position_bias(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention.position_bias(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_crs_bias_mlp_sees_each_relative_position_once_where_nothing_can_tell():
@@ -463,7 +463,7 @@ def test_crs_bias_is_made_by_timm_where_its_mlp_sees_how_often_a_row_occurs(chan
     attention = make_attention(CR, (4, 6))
     change(attention)
     biases = []
-    for make in (attention._position_bias, attention._relative_positional_encodings):
+    for make in (attention.position_bias, attention._relative_positional_encodings):
         torch.manual_seed(1)
         biases.append(make())
     assert torch.equal(biases[0], biases[1][0])

@@ -39,7 +39,7 @@ def profiled_training(profile_model, model, device: torch.device):
         optimizer.step()
 
     step()
-    return profile_model.profile_steps(model, step, device, steps=1)
+    return profile_model.profile_steps(step, device, steps=1)
 
 
 @pytest.mark.parametrize("arch", FAMILIES)

@@ -321,6 +321,28 @@ def _checked_scale(scale: float | None, logit_scale, of, num_heads: int, head_di
 # ------------------------------------------------------------------------------------ choice of implementation
 
 
+def map_options(
+    qkv: tuple, position: Tensor, is_table: bool, pad_qkv: Tensor | None, logit_scale: Tensor | None, num_heads: int,
+    window_size, shift_size, scale: float | None, trains: bool,
+) -> tuple:  # fmt: skip
+    """What `ops.window_attention` takes after its tensors, for a call that the kernels serve.
+
+    `qkv` is (shape, dtype, device) of what will be given, `position` the bias or its table. Raises as the functions do.
+    """
+    window_size, shift_size = _pair("window_size", window_size), _pair("shift_size", shift_size)
+    window_area = window_size[0] * window_size[1]
+    bias = _metadata(position)
+    if is_table:
+        _checked_table(bias, window_size)
+        (_, heads), *rest = bias
+        bias = (heads, window_area, window_area), *rest
+    head_dim, scale = _checked_map_call(
+        qkv, bias, _metadata(pad_qkv), _metadata(logit_scale), num_heads, window_size, shift_size, scale
+    )
+    save_stats = trains and needs_stats(window_area, head_dim, qkv[1])
+    return num_heads, window_size, shift_size, scale, save_stats
+
+
 def _use_kernels(
     impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None, window_area: int
 ) -> bool:  # fmt: skip

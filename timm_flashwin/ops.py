@@ -83,10 +83,7 @@ def _implement(name: str, kernel, fake, backward=None, setup_context=None, num_a
     torch.library.register_fake(f"timm_flashwin::{name}", _without_none(fake), lib=_library)
 
     def without_tangents(ctx, *grads):
-        if forward_ad._current_level >= 0 and any(
-            grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads
-        ):
-            raise NotImplementedError(f"timm_flashwin::{name} has no forward-mode derivative; " + _WAY_OUT)
+        refuse_tangents(f"timm_flashwin::{name}", grads)
         return backward(ctx, *grads)
 
     torch.library.register_autograd(
@@ -118,8 +115,33 @@ def _without_none(function):
     return tensors_of
 
 
+def refuse_tangents(name: str, grads) -> None:
+    """Raise where `name` would lose a tangent of the gradients that its backward is given."""
+    if forward_ad._current_level >= 0 and any(
+        grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads
+    ):
+        raise NotImplementedError(f"{name} has no forward-mode derivative; " + _WAY_OUT)
+
+
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError("the kernels of timm_flashwin have no second derivative; " + _WAY_OUT)
+
+
+class _Underived(torch.autograd.Function):
+    """Tensors as they are, whose derivative is refused."""
+
+    @staticmethod
+    def forward(ctx, num_outputs: int, *tensors: Tensor):
+        return tuple([x.view_as(x) for x in tensors[:num_outputs]])
+
+    backward = staticmethod(_no_second_derivative)
+
+
+def without_second_derivative(grads: list[Tensor | None], sources) -> list[Tensor | None]:
+    """`grads`, made of `sources`, such that a derivative of theirs is refused and not taken for zero."""
+    known = [x for x in grads if x is not None]
+    refusing = iter(_Underived.apply(len(known), *known, *[x for x in sources if x is not None]))
+    return [None if x is None else next(refusing) for x in grads]
 
 
 @functools.cache
@@ -181,12 +203,20 @@ class _Operator:
             return self._kernel(*inputs)
         return (self._function.apply if self._function else self._dispatched)(*inputs)
 
+    def unwatched(self, *inputs):
+        """The forward alone, for who has asked `is_intercepted`, and has cast what autocast wants cast."""
+        return (self._dispatched if torch.autograd._profiler_enabled() else self._kernel)(*inputs)
+
 
 def _is_watched(tensors: list[Tensor]) -> bool:
     """Whether more is under way than eager execution: a profiler, a mode, tracing, a transform, a tensor subclass."""
+    return torch.autograd._profiler_enabled() or is_intercepted(tensors)
+
+
+def is_intercepted(tensors: list[Tensor]) -> bool:
+    """Whether somebody has to see the operators a step is made of: as `_is_watched`, but for a profiler."""
     return (
-        torch.autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or transforms_are_on()

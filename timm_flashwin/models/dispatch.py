@@ -4,14 +4,15 @@ import torch
 from timm.layers import is_exportable, is_scriptable
 from torch import Tensor, nn
 
-from ..functional import fallback_reason, log_fallback, window_attention, windowed_sdpa
+from ..functional import fallback_reason, log_fallback, relative_position_bias, window_attention, windowed_sdpa
 
 
 class FlashAttention:
     """Mixed in before a window attention of timm's: it has that one's state, and this forward.
 
-    A family says what its `head_dim` is, its scale (`_scale`), its relative position bias [num_heads, N, N]
-    (`_position_bias`), and which modules timm's code passes the attention weights through (`_weight_modules`).
+    A family says what its `head_dim` is, its `scales`, the table of its relative position bias (`position_table`) or,
+    where that is None, timm's bias itself (`timms_position_bias`), and which modules timm's code passes the attention
+    weights through (`_weight_modules`).
     """
 
     impl = "auto"  # as in functional.window_attention; an instance may hold its own
@@ -70,8 +71,8 @@ class FlashAttention:
         if shift_size is None and self.fallback(x, mask):
             return super().forward(x, mask)
         qkv = self._project(x)  # ..., 3 * num_heads * head_dim
-        scale, logit_scale = self._scale()
-        options = dict(bias=self._position_bias(), scale=scale, logit_scale=logit_scale, impl=self.impl)
+        scale, logit_scale = self.scales()
+        options = dict(bias=self.position_bias(), scale=scale, logit_scale=logit_scale, impl=self.impl)
         if shift_size is None:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
             out = windowed_sdpa(q, k, v, mask=mask, **options).transpose(1, 2).flatten(2)
@@ -80,10 +81,17 @@ class FlashAttention:
             out = window_attention(qkv, self.num_heads, self.window_size, shift_size, **options)
         return self.proj_drop(self.proj(out))  # ..., C
 
+    def position_bias(self) -> Tensor:
+        """[num_heads, N, N]."""
+        table = self.position_table()
+        if table is None:
+            return self.timms_position_bias()
+        return relative_position_bias(table, self.window_size, self.impl)
+
     def _project(self, x: Tensor) -> Tensor:
         return self.qkv(x)
 
-    def _qkv_bias(self) -> Tensor | None:
+    def projection_bias(self) -> Tensor | None:
         """What `_project` adds, [3 * num_heads * head_dim], and so what it makes of zeros where `qkv_is_plain`."""
         return self.qkv.bias
 
@@ -97,7 +105,7 @@ class FlashAttention:
 
     def _pad_qkv(self, x: Tensor) -> Tensor | None:
         """The qkv of the zeros timm pads the map with; None for zeros, or where nothing is padded."""
-        return self._qkv_bias() if self.pads(x) else None
+        return self.projection_bias() if self.pads(x) else None
 
 
 def takes_map(attention: nn.Module, x: Tensor) -> bool:
@@ -117,16 +125,16 @@ def _is_stock_weight_module(module: nn.Module) -> bool:
     return is_stock and _is_bare(module)
 
 
-def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody could tell that `module` is not called, one with a hook on all modules included."""
-    return _is_bare(module) and not nn.modules.module._has_any_global_hook()
+def is_untouched(*modules: nn.Module) -> bool:
+    """Whether nobody could tell that `modules` are not called, one with a hook on all modules included."""
+    return all([_is_bare(module) for module in modules]) and not nn.modules.module._has_any_global_hook()
 
 
 def _is_bare(module: nn.Module) -> bool:
     """Whether the instance has no hook and no `forward` of its own."""
-    forward_hooks = module._forward_hooks or module._forward_pre_hooks
-    backward_hooks = module._backward_hooks or module._backward_pre_hooks
-    return not (forward_hooks or backward_hooks or "forward" in module.__dict__)
+    own = module.__dict__
+    forward_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    return not (forward_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own)
 
 
 def drops(module: nn.Module) -> bool:

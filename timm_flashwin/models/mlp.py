@@ -15,7 +15,7 @@ from .dispatch import drops, is_untouched
 
 def mlp(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, for a block whose norms are fused (`norms.fuses_norms`)."""
-    if not (torch.is_grad_enabled() and torch._C._get_tracing_state() is None and _is_plain(module)):
+    if not (torch.is_grad_enabled() and torch._C._get_tracing_state() is None and is_plain_mlp(module)):
         return module(x)
     hidden, linear = module.fc1(x), module.fc2
     if _trains(hidden, linear.weight):
@@ -25,18 +25,20 @@ def mlp(module: nn.Module, x: Tensor) -> Tensor:
 
 def starts_with_linear(module: nn.Module) -> bool:
     """Whether a Linear takes what timm's MLP is given, and nobody looks at it before."""
-    return type(module) is Mlp and type(module.fc1) is nn.Linear and is_untouched(module) and is_untouched(module.fc1)
+    return type(module) is Mlp and type(module.fc1) is nn.Linear and is_untouched(module, module.fc1)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain_mlp(module: nn.Module) -> bool:
     """Whether nothing but a GELU lies between the two Linears of timm's MLP, and nobody looks at it."""
+    if type(module) is not Mlp:
+        return False
+    act, norm, linear, drop1, drop2 = module.act, module.norm, module.fc2, module.drop1, module.drop2
     return (
-        type(module) is Mlp
-        and (type(module.act) is GELU or type(module.act) is nn.GELU and module.act.approximate == "none")
-        and type(module.norm) is nn.Identity
-        and type(module.fc2) is nn.Linear
-        and all(type(drop) in (nn.Dropout, nn.Identity) and not drops(drop) for drop in (module.drop1, module.drop2))
-        and all(map(is_untouched, (module, module.act, module.drop1, module.norm, module.fc2, module.drop2)))
+        (type(act) is GELU or type(act) is nn.GELU and act.approximate == "none")
+        and type(norm) is nn.Identity
+        and type(linear) is nn.Linear
+        and all([type(drop) in (nn.Dropout, nn.Identity) and not drops(drop) for drop in (drop1, drop2)])
+        and is_untouched(module, act, norm, linear, drop1, drop2)
     )
 
 

@@ -20,36 +20,34 @@ def fuses_norms(block: nn.Module, x: Tensor) -> bool:
     They do where they take its attention, in eager code without transforms, and where its norms and stochastic depth
     are timm's. What a compiler sees it fuses by itself, and better.
     """
+    attention, norms, drop_paths = block.attn, (block.norm1, block.norm2), (block.drop_path1, block.drop_path2)
     return (
         not torch.compiler.is_compiling()
-        and takes_map(block.attn, x)
+        and takes_map(attention, x)
         and (
-            block.attn.impl == "auto"
-            or kernels_serve(
-                block.attn.impl, x.device, ops.compute_dtype(x), block.attn.head_dim, block.attn.num_tokens
-            )
+            attention.impl == "auto"
+            or kernels_serve(attention.impl, x.device, ops.compute_dtype(x), attention.head_dim, attention.num_tokens)
         )
-        and _is_plain_norm(block.norm1, x.shape[-1])
-        and _is_plain_norm(block.norm2, x.shape[-1])
-        and _is_plain_drop_path(block.drop_path1)
-        and _is_plain_drop_path(block.drop_path2)
+        and all([_is_plain_norm(norm, x.shape[-1]) for norm in norms])
+        and all([type(drop_path) in (DropPath, nn.Identity) for drop_path in drop_paths])
+        and is_untouched(*norms, *drop_paths)
     )
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, into_linear: bool) -> Tensor:
-    """`norm(x)`; see `_handed_on` for its dtype."""
-    return ops.add_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, _handed_on(x, into_linear))[1]
+    """`norm(x)`; see `handed_on` for its dtype."""
+    return ops.add_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, handed_on(x, into_linear))[1]
 
 
 def add_layer_norm(
     norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module, into_linear: bool
 ) -> tuple[Tensor, Tensor]:
-    """`total = x + drop_path(y)` and `norm(total)`; see `_handed_on` for the dtype of the latter."""
-    scale = _sample_scale(drop_path, y, y.dtype)
-    return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, _handed_on(x, into_linear))
+    """`total = x + drop_path(y)` and `norm(total)`; see `handed_on` for the dtype of the latter."""
+    scale = sample_scale(drop_path, y, y.dtype)
+    return ops.add_layer_norm(x, y, scale, norm.weight, norm.bias, norm.eps, handed_on(x, into_linear))
 
 
-def _handed_on(x: Tensor, into_linear: bool) -> torch.dtype:
+def handed_on(x: Tensor, into_linear: bool) -> torch.dtype:
     """The dtype in which a norm of `x` hands it on: autocast's, in which a Linear takes it, or that of `x`. What else
     may come next, under an autocast of its own, gets what timm's norm gives: float32 under autocast."""
     if into_linear or ops.autocast_dtype(x.device.type) is None:
@@ -59,8 +57,8 @@ def _handed_on(x: Tensor, into_linear: bool) -> torch.dtype:
 
 def layer_norm_add(norm: nn.LayerNorm, x: Tensor, y: Tensor, drop_path: nn.Module) -> Tensor:
     """`x + drop_path(norm(y))`."""
-    dtype = _handed_on(y, into_linear=False)
-    return ops.layer_norm_add(x, y, _sample_scale(drop_path, y, dtype), norm.weight, norm.bias, norm.eps, dtype)
+    dtype = handed_on(y, into_linear=False)
+    return ops.layer_norm_add(x, y, sample_scale(drop_path, y, dtype), norm.weight, norm.bias, norm.eps, dtype)
 
 
 def post_norm_branches(block: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
@@ -70,15 +68,11 @@ def post_norm_branches(block: nn.Module, x: Tensor, attend: Callable[[Tensor], T
     return layer_norm_add(block.norm2, tokens, mlp(block.mlp, tokens), block.drop_path2)
 
 
-def _sample_scale(drop_path: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor | None:
+def sample_scale(drop_path: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What `drop_path` would multiply the samples of `y` in `dtype` by, drawn as it draws: [B], or None for nothing."""
     if isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob > 0.0:
         return drop_path(y.new_ones(y.shape[0], dtype=dtype))
     return None
-
-
-def _is_plain_drop_path(drop_path: nn.Module) -> bool:
-    return type(drop_path) in (DropPath, nn.Identity) and is_untouched(drop_path)
 
 
 def _is_plain_norm(norm: nn.Module, channels: int) -> bool:
@@ -88,5 +82,4 @@ def _is_plain_norm(norm: nn.Module, channels: int) -> bool:
         and norm.weight is not None
         and norm.bias is not None
         and not getattr(norm, "_fast_norm", False)  # which rounds before it normalises
-        and is_untouched(norm)
     )

@@ -35,7 +35,7 @@ def position_table(
     tensors = [x for x in (coordinates, weight, linear1.bias, linear2.weight, linear2.bias) if x is not None]
     if not all([ops.is_plain(x) and x.device == weight.device for x in tensors]):  # quantised or sharded weights
         return None
-    if not all([is_untouched(module) for module in (*linears, *others)]):
+    if not is_untouched(*linears, *others):
         return None
     return ops.continuous_position_table(
         coordinates, weight, linear1.bias, linear2.weight, linear2.bias, attention.window_size, bounded,

@@ -8,8 +8,8 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import nn
 
-from ..functional import relative_position_bias
 from .dispatch import FlashAttention, is_untouched, takes_map
+from .fused_block import whole_block
 from .mlp import mlp, starts_with_linear
 from .norms import add_layer_norm, fuses_norms, layer_norm
 
@@ -28,13 +28,15 @@ class FlashWindowAttention(FlashAttention, WindowAttention):
             return "attn.scale is no number of 0 or more"
         return super()._fallback_reason(x, mask)
 
-    def _scale(self) -> tuple[float, None]:
+    def scales(self) -> tuple[float, None]:
         return self.scale, None
 
-    def _position_bias(self) -> torch.Tensor:
-        if "_get_rel_pos_bias" in self.__dict__:  # somebody's own
-            return self._get_rel_pos_bias().squeeze(0)
-        return relative_position_bias(self.relative_position_bias_table, self.window_size, self.impl)
+    def position_table(self) -> torch.Tensor | None:
+        somebodys_own = "_get_rel_pos_bias" in self.__dict__
+        return None if somebodys_own else self.relative_position_bias_table
+
+    def timms_position_bias(self) -> torch.Tensor:
+        return self._get_rel_pos_bias().squeeze(0)
 
     def _weight_modules(self) -> tuple[nn.Module, ...]:
         return () if self.fused_attn else (self.softmax, self.attn_drop)
@@ -54,6 +56,9 @@ class FlashSwinTransformerBlock(SwinTransformerBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
+        out = whole_block(self, x, pre_norm=True)
+        if out is not None:
+            return out
         into_qkv = self.attn.qkv_is_plain() and is_untouched(self.attn)
         into_fc1 = starts_with_linear(self.mlp)
         x, *normed = add_layer_norm(

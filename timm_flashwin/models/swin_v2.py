@@ -9,8 +9,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttent
 from torch import nn
 from torch.nn import functional as F
 
-from ..functional import relative_position_bias
 from .dispatch import FlashAttention, takes_map
+from .fused_block import whole_block
 from .norms import fuses_norms, post_norm_branches
 from .position_mlp import position_table
 
@@ -28,11 +28,11 @@ class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
             return self.qkv(x)
         if self.qkv_bias_separate:
             qkv = self.qkv(x)
-            qkv += self._qkv_bias()  # in place, and so in the dtype of qkv
+            qkv += self.projection_bias()  # in place, and so in the dtype of qkv
             return qkv
-        return F.linear(x, self.qkv.weight, self._qkv_bias())
+        return F.linear(x, self.qkv.weight, self.projection_bias())
 
-    def _qkv_bias(self) -> torch.Tensor | None:
+    def projection_bias(self) -> torch.Tensor | None:
         if self.q_bias is None:
             return self.qkv.bias
         return torch.cat((self.q_bias, self.k_bias, self.v_bias))
@@ -40,14 +40,11 @@ class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
     def qkv_is_plain(self) -> bool:
         return super().qkv_is_plain() and not self.qkv_bias_separate
 
-    def _scale(self) -> tuple[None, torch.Tensor]:
+    def scales(self) -> tuple[None, torch.Tensor]:
         return None, self.logit_scale.flatten()  # num_heads
 
-    def _position_bias(self) -> torch.Tensor:
-        """timm's bias; what is elementwise is done before the gather, where a window has fewer elements."""
-        return relative_position_bias(self._position_table(), self.window_size, self.impl)
-
-    def _position_table(self) -> torch.Tensor:  # (2*Wh-1) * (2*Ww-1), num_heads
+    def position_table(self) -> torch.Tensor:
+        """timm's bias before the gather: what is elementwise is done here, where a window has fewer elements."""
         mlp = self.cpb_mlp
         if type(mlp) is nn.Sequential and tuple(map(type, mlp)) == (nn.Linear, nn.ReLU, nn.Linear):
             coordinates = self.relative_coords_table.view(-1, 2)
@@ -67,7 +64,8 @@ class FlashSwinTransformerV2Block(SwinTransformerV2Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
-        return post_norm_branches(self, x, self._attn).view(x.shape)
+        out = whole_block(self, x, pre_norm=False)
+        return post_norm_branches(self, x, self._attn).view(x.shape) if out is None else out
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):

@@ -9,9 +9,9 @@ from timm.layers import Mlp
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, WindowMultiHeadAttention
 from torch import nn
 
-from ..functional import relative_position_bias
 from ..geometry import distance_rows
 from .dispatch import FlashAttention, drops, is_untouched, takes_map
+from .fused_block import whole_block
 from .norms import fuses_norms, post_norm_branches
 from .position_mlp import position_table
 
@@ -28,16 +28,13 @@ class FlashSwinV2CrWindowAttention(FlashAttention, WindowMultiHeadAttention):
     def head_dim(self) -> int:
         return self.in_features // self.num_heads
 
-    def _scale(self) -> tuple[None, torch.Tensor]:
+    def scales(self) -> tuple[None, torch.Tensor]:
         return None, self.logit_scale  # num_heads
 
-    def _position_bias(self) -> torch.Tensor:
-        """timm's bias, from one row a relative position instead of one a pair of tokens where that is the same."""
+    def position_table(self) -> torch.Tensor | None:
+        """One row a relative position instead of one a pair of tokens, where that is the same."""
         if "_relative_positional_encodings" in self.__dict__ or not self._meta_mlp_is_plain():
-            return self._relative_positional_encodings().squeeze(0)
-        return relative_position_bias(self._position_table(), self.window_size, self.impl)
-
-    def _position_table(self) -> torch.Tensor:  # (2*Wh-1) * (2*Ww-1), num_heads
+            return None
         mlp, pairs = self.meta_mlp, self.relative_coordinates_log  # of every pair of tokens: N * N, 2
         if type(mlp) is Mlp and type(mlp.act) is nn.ReLU and type(mlp.norm) is nn.Identity:
             others = (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
@@ -45,6 +42,9 @@ class FlashSwinV2CrWindowAttention(FlashAttention, WindowMultiHeadAttention):
             if table is not None:
                 return table
         return mlp(distance_rows(pairs, self.window_size))
+
+    def timms_position_bias(self) -> torch.Tensor:
+        return self._relative_positional_encodings().squeeze(0)
 
     def _meta_mlp_is_plain(self) -> bool:
         """Whether equal rows of `meta_mlp` give equal rows, and nobody counts them; active dropout draws for each."""
@@ -64,7 +64,10 @@ class FlashSwinTransformerV2CrBlock(SwinTransformerV2CrBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fuses_norms(self, x):
             return super().forward(x)
-        return self.norm3(post_norm_branches(self, x, self._shifted_window_attn)).view(x.shape)
+        out = whole_block(self, x, pre_norm=False)
+        if out is None:
+            out = post_norm_branches(self, x, self._shifted_window_attn).view(x.shape)
+        return self.norm3(out)
 
     def _shifted_window_attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):
