@@ -10,6 +10,8 @@ Providers:
   timm_eager, timm_sdpa              timm's model as it comes; with timm's switch for its experimental SDPA branch on.
   timm_compile, timm_sdpa_compile    torch.compile of the two, default mode, static shapes.
   flashwin, flashwin_compile         timm's model on the kernels, as it comes and under torch.compile.
+  timm_reduce_overhead, flashwin_reduce_overhead
+                                     torch.compile in its mode of CUDA graphs; only where --providers names it.
   timm_cudagraph, flashwin_cudagraph timm_eager and flashwin replayed from a CUDA graph: inference at batch 1 only. The
                                      copy of the images into the graph's input is timed along.
   timm_aot, flashwin_aot             an AOTInductor package of the two, loaded again: inference only, and only where
@@ -79,7 +81,10 @@ PROVIDERS = (
     "flashwin_cudagraph",
     "timm_aot",
     "flashwin_aot",
+    "timm_reduce_overhead",
+    "flashwin_reduce_overhead",
 )
+ONLY_BY_NAME = ("_aot", "_reduce_overhead")
 DEFAULT_CASES = (
     "swin_tiny_patch4_window7_224:256:infer",
     "swin_base_patch4_window7_224:128:infer",
@@ -251,16 +256,24 @@ def logits_and_bias_grads(model: nn.Module, images: Tensor, labels: Tensor, amp:
 # ------------------------------------------------------------------------------------------------------- providers
 
 
+COMPILED = ("_compile", "_reduce_overhead")
+
+
+def compiled(provider: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    mode = "reduce-overhead" if provider.endswith("_reduce_overhead") else None
+    return torch.compile(model, dynamic=False, mode=mode)
+
+
 class Inference:
     """One provider in inference: `step()` is what is timed."""
 
     def __init__(self, provider: str, entry: Entry, weights: dict[str, Tensor], images: Tensor, labels: Tensor):
         self.images = images.to(entry.dtype)
         self.model = build_model(provider, entry, weights, images.device, entry.dtype)
-        self.captures = provider.endswith("_cudagraph")
+        self.captures = provider.endswith(("_cudagraph", "_reduce_overhead"))
         self.call: Callable[[Tensor], Tensor] = self.model
-        if provider.endswith("_compile"):
-            self.call = torch.compile(self.model, dynamic=False)
+        if provider.endswith(COMPILED):
+            self.call = compiled(provider, self.model)
         elif self.captures:
             self.call = self._capture()
         elif provider.endswith("_aot"):
@@ -307,14 +320,13 @@ class Inference:
 class Training:
     """One provider in training: `step()`, a whole step with its optimiser, is what is timed."""
 
-    captures = False
-
     def __init__(self, provider: str, entry: Entry, weights: dict[str, Tensor], images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
         self.amp = entry.precision == "amp_bf16"
         self.model = build_model(provider, entry, weights, images.device)
-        self.compiled = provider.endswith("_compile")
-        self.call = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        self.captures = provider.endswith("_reduce_overhead")
+        self.compiled = provider.endswith(COMPILED)
+        self.call = compiled(provider, self.model) if self.compiled else self.model
         # A small rate: random labels must not drive the weights to where arithmetic is on NaN.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.05, fused=True)
         self.loss: Tensor | None = None
@@ -506,6 +518,7 @@ def comparison(rows: list[dict]) -> str:
         "flashwin_compile": ("timm_compile", "timm_sdpa_compile"),
         "flashwin_cudagraph": ("timm_cudagraph",),
         "flashwin_aot": ("timm_aot",),
+        "flashwin_reduce_overhead": ("timm_compile", "timm_sdpa_compile", "timm_reduce_overhead"),
     }
     lines = []
     for entry, group in groups_of(rows).items():
@@ -531,7 +544,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="MODEL:BATCH[:TASK]",
         help=f"timm's names; the task is infer (default) or train; default: {' '.join(DEFAULT_CASES)}",
     )
-    default = [provider for provider in PROVIDERS if not provider.endswith("_aot")]
+    default = [provider for provider in PROVIDERS if not provider.endswith(ONLY_BY_NAME)]
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=default, metavar="PROVIDER")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default 20)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them (default 3)")
