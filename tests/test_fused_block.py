@@ -47,6 +47,7 @@ def test_output_and_gradients_are_as_exact_as_with_modules_called(
     stock, flash = make_blocks(family, size)
     for block in (stock, flash):
         block.drop_path1, block.drop_path2 = (DropPath(drop_path).train() for _ in range(2))
+        block.norm2.eps = 1e-2
     x = make_input(size, batch=4)
     whole = gradients(flash, x, autocast)
     assert type(whole[0].grad_fn) is fused_block._FusedBlock._backward_cls
@@ -91,6 +92,7 @@ TRAINED = {
     "the input": only(),
     "biases": only("bias"),
     "weights": only("weight"),
+    "the MLP's weights": only("mlp"),
     "the norms": only("norm"),
     "the attention's scale and position": only("logit_scale", "mlp.fc", "cpb", "table"),
     "all but the input": only(""),
@@ -121,6 +123,10 @@ LEFT_ALONE = {
     "a hook before": lambda block: block.attn.proj.register_forward_pre_hook(lambda *_: None),
     "a backward hook": lambda block: block.mlp.fc2.register_full_backward_hook(lambda *_: None),
     "dropout": lambda block: setattr(block.attn, "proj_drop", nn.Dropout(0.5).train()),
+    "something in the dropout's place": lambda block: setattr(block.attn, "proj_drop", nn.Tanh()),
+    "a compiled Linear": lambda block: block.attn.proj.compile(backend="eager"),
+    "an _attn of its own": lambda block: setattr(block, "_attn", block._attn),
+    "a frozen weight": lambda block: block.attn.proj.weight.requires_grad_(False),
     "a parametrised weight": lambda block: nn.utils.parametrizations.weight_norm(block.attn.proj),
     "a Linear of somebody's own": lambda block: setattr(block.mlp, "fc1", type("Own", (nn.Linear,), {})(C, 4 * C)),
     "weights in another dtype": lambda block: block.mlp.double(),
@@ -159,6 +165,57 @@ def test_a_second_derivative_is_refused_and_the_first_is_right(family):
     assert torch.equal(plain, grad)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+@each_family
+def test_a_gradient_that_has_a_graph_may_be_changed_in_place(family):
+    _, flash = make_blocks(family)
+    (grad,) = torch.autograd.grad(flash(make_input()).sum(), flash.mlp.fc1.weight, create_graph=True)
+    grad.mul_(2)
+
+
+@each_family
+def test_under_autocast_every_gradient_has_memory_of_its_own(family):
+    _, flash = make_blocks(family)
+    with torch.autocast(KERNEL_DEVICE, HALF):
+        flash(make_input()).sum().backward()
+    assert all(p.grad.untyped_storage().nbytes() == p.grad.nbytes for p in flash.mlp.parameters())
+
+
+@each_family
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_may_be_mapped(family, autocast):
+    _, flash = make_blocks(family)
+    flash.drop_path1, flash.drop_path2 = DropPath(0.5).train(), DropPath(0.5).train()
+    with torch.autocast(KERNEL_DEVICE, HALF, enabled=autocast):
+        out = flash(make_input())
+    parameters = list(flash.mlp.parameters())
+    batch = torch.randn(2, *out.shape, device=out.device, dtype=out.dtype)
+    mapped = torch.func.vmap(lambda dout: torch.autograd.grad(out, parameters, dout, retain_graph=True))(batch)
+    for i, dout in enumerate(batch):
+        expected = torch.autograd.grad(out, parameters, dout, retain_graph=True)
+        assert all(relative_error(a[i], b) < 1e-2 for a, b in zip(mapped, expected, strict=True))
+
+
+@each_family
+def test_under_a_mode_the_dropout_of_the_position_bias_draws_once(family, ieee):
+    outs = []
+    for block in make_blocks(family):
+        torch.manual_seed(2)
+        with torch.device(KERNEL_DEVICE):
+            outs.append((block.train()(make_input()), torch.rand(1)))
+    assert relative_error(outs[1][0], outs[0][0]) < 1e-4
+    assert torch.equal(outs[1][1], outs[0][1])
+
+
+@each_family
+def test_a_profiler_in_the_forward_alone_leaves_checkpointing_alone(family):
+    _, flash = make_blocks(family)
+    x = make_input()
+    with torch.autograd.profiler.profile():
+        out = checkpoint(flash, x, use_reentrant=False)
+    out.sum().backward()
+    assert torch.isfinite(x.grad).all()
 
 
 @each_family
@@ -202,9 +259,12 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error():
 
 @each_family
 @pytest.mark.parametrize("autocast", [False, True])
-def test_no_more_is_kept_than_with_modules_called(family, autocast, monkeypatch):
+@pytest.mark.parametrize("trained", ["", "fc2"])
+def test_no_more_is_kept_than_with_modules_called(family, autocast, trained, monkeypatch):
     _, flash = make_blocks(family)
-    x = make_input(batch=8)
+    for name, parameter in flash.named_parameters():
+        parameter.requires_grad_(trained in name)
+    x = make_input(batch=8).detach().requires_grad_(not trained)
 
     def kept():
         storages = {}

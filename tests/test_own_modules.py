@@ -18,16 +18,16 @@ C, WINDOW = 16, 4
 EVEN, PADDED = (8, 8), (7, 6)
 
 
-def make_v1(size):
-    return swin_transformer.SwinTransformerBlock(C, size, num_heads=2, window_size=WINDOW, shift_size=2)
+def make_v1(**options):
+    return swin_transformer.SwinTransformerBlock(C, EVEN, num_heads=2, window_size=WINDOW, shift_size=2, **options)
 
 
-def make_v2(size):
-    return swin_transformer_v2.SwinTransformerV2Block(C, size, num_heads=2, window_size=WINDOW, shift_size=2)
+def make_v2(**options):
+    return swin_transformer_v2.SwinTransformerV2Block(C, EVEN, num_heads=2, window_size=WINDOW, shift_size=2, **options)
 
 
-def make_v2_cr(size):
-    return swin_transformer_v2_cr.SwinTransformerV2CrBlock(C, 2, size, (WINDOW, WINDOW), (2, 2))
+def make_v2_cr(**options):
+    return swin_transformer_v2_cr.SwinTransformerV2CrBlock(C, 2, EVEN, (WINDOW, WINDOW), (2, 2), **options)
 
 
 FAMILIES = dict(v1=make_v1, v2=make_v2, v2_cr=make_v2_cr)
@@ -98,7 +98,8 @@ CHANGES_OF_V1 = {
 
 def make_blocks(family, size=EVEN, change=lambda block: None):
     torch.manual_seed(3)
-    stock = FAMILIES[family](size).to(KERNEL_DEVICE).eval()  # V2-CR's position MLP has a dropout
+    stock = FAMILIES[family](dynamic_mask=size != EVEN)  # else timm makes the mask for the size it is told
+    stock.to(KERNEL_DEVICE).eval()  # V2-CR's position MLP has a dropout
     if family == "v1":
         stock.attn.fused_attn = False
     else:

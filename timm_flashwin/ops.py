@@ -128,20 +128,19 @@ def _no_second_derivative(ctx, *grads):
 
 
 class _Underived(torch.autograd.Function):
-    """Tensors as they are, whose derivative is refused."""
+    """A tensor whose derivative is refused."""
 
     @staticmethod
-    def forward(ctx, num_outputs: int, *tensors: Tensor):
-        return tuple([x.view_as(x) for x in tensors[:num_outputs]])
+    def forward(ctx, x: Tensor, _: Tensor):
+        return x.clone()
 
     backward = staticmethod(_no_second_derivative)
 
 
-def without_second_derivative(grads: list[Tensor | None], sources) -> list[Tensor | None]:
-    """`grads`, made of `sources`, such that a derivative of theirs is refused and not taken for zero."""
-    known = [x for x in grads if x is not None]
-    refusing = iter(_Underived.apply(len(known), *known, *[x for x in sources if x is not None]))
-    return [None if x is None else next(refusing) for x in grads]
+def without_second_derivative(grads: list[Tensor | None]) -> list[Tensor | None]:
+    """`grads`, such that a derivative of theirs is refused and not taken for zero."""
+    trained = torch.empty((), requires_grad=True)
+    return [None if x is None else _Underived.apply(x, trained) for x in grads]
 
 
 @functools.cache
@@ -203,8 +202,8 @@ class _Operator:
             return self._kernel(*inputs)
         return (self._function.apply if self._function else self._dispatched)(*inputs)
 
-    def unwatched(self, *inputs):
-        """The forward alone, for who has asked `is_intercepted`, and has cast what autocast wants cast."""
+    def forward_only(self, *inputs):
+        """The forward, without a node, for who has asked `is_intercepted`, and has cast what autocast wants cast."""
         return (self._dispatched if torch.autograd._profiler_enabled() else self._kernel)(*inputs)
 
 

@@ -131,10 +131,11 @@ def is_untouched(*modules: nn.Module) -> bool:
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Whether the instance has no hook and no `forward` of its own."""
+    """Whether the instance has no hook and no `forward` of its own, compiled ones included."""
     own = module.__dict__
     forward_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
-    return not (forward_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own)
+    backward_hooks = own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not (forward_hooks or backward_hooks or "forward" in own or own.get("_compiled_call_impl"))
 
 
 def drops(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from .norms import handed_on, sample_scale
 
 
 class _Tensors(NamedTuple):
-    """What a block computes with, or, in the same order, what is known about each of it."""
+    """What a block computes with; also, field by field, something that is known of each, as in `needs` and `dtypes`."""
 
     x: Tensor  # B, H, W, C
     scale1: Tensor | None  # B; stochastic depth of the attention's branch
@@ -44,14 +44,16 @@ class _Tensors(NamedTuple):
     fc2_bias: Tensor | None  # C
 
 
-_NUM_OTHERS = _Tensors._fields.index("qkv_weight")  # what is no weight or bias of a Linear
+_LINEARS = slice(_Tensors._fields.index("qkv_weight"), None)  # weights and biases
+_WEIGHTS = slice(_LINEARS.start, _Tensors._fields.index("qkv_bias"))
 
 
 class _Plan(NamedTuple):
     """What a block is beside its tensors."""
 
     pre_norm: bool  # a norm is in front of each branch (V1), or behind it (V2)
-    attention: tuple  # what `ops.window_attention` takes after its tensors
+    geometry: tuple  # what `ops.window_attention` takes after its tensors: num_heads, window_size, shift_size, scale
+    save_stats: bool  # and that
     is_table: bool  # whether there is a table of the position bias
     pads: bool  # whether the map is padded to whole windows
     eps: tuple[float, float]  # of both norms
@@ -69,40 +71,44 @@ def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
     if not _is_plain_block(block):
         return None
     attention, mlp, norm1, norm2 = block.attn, block.mlp, block.norm1, block.norm2
-    linears = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
-    weights = [linear.weight for linear in linears]
-    biases = [attention.projection_bias(), *[linear.bias for linear in linears[1:]]]
+    modules = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
+    weights = [module.weight for module in modules]
+    biases = [attention.projection_bias(), *[module.bias for module in modules[1:]]]
     norms = (norm1.weight, norm1.bias, norm2.weight, norm2.bias)
+    scale, logit_scale = attention.scales()
     dtype = ops.compute_dtype(x)
     casts = ops.autocast_dtype(x.device.type) == dtype
-    scale, logit_scale = attention.scales()
+    linears = [t for t in (*weights, *biases) if t is not None]
+    if not _takes_tensors(x, linears, norms if logit_scale is None else (*norms, logit_scale), casts):
+        return None
+    trains = torch.is_grad_enabled() and all([weight.requires_grad for weight in weights])
+    if not trains and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+        return None  # where a part is frozen, modules keep less for the backward, and may end it sooner
     position = attention.position_table()
     is_table = position is not None
     if not is_table:
         position = attention.timms_position_bias()
-    linears = [t for t in (*weights, *biases) if t is not None]
-    if not _takes_tensors(x, linears, [t for t in (*norms, position, logit_scale) if t is not None], casts):
+    if not ops.is_plain(position):
         return None
-
     norm_dtype = dtype if pre_norm else handed_on(x, into_linear=False)
     # Drawn after what drops in the position bias, as in timm.
     scale1, scale2 = [sample_scale(drop_path, x, norm_dtype) for drop_path in (block.drop_path1, block.drop_path2)]
+
     tensors = _Tensors(x, scale1, scale2, *norms, position, logit_scale, *weights, *biases)
-    trains = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     pads = attention.pads(x)
     qkv = (*x.shape[:3], weights[0].shape[0]), dtype, x.device
-    options = map_options(
+    *geometry, save_stats = map_options(
         qkv, position, is_table, biases[0] if pads else None, logit_scale, attention.num_heads,
         attention.window_size, block.shift_size, scale, trains,
     )  # fmt: skip
-    plan = _Plan(pre_norm, options, is_table, pads, (norm1.eps, norm2.eps), dtype, casts, norm_dtype)
+    plan = _Plan(pre_norm, geometry, save_stats, is_table, pads, (norm1.eps, norm2.eps), dtype, casts, norm_dtype)
     if trains:
         return _FusedBlock.apply(plan, *tensors)
-    return _forward(plan, tensors, _cast_linears(tensors, plan), keep=lambda tensor: None)
+    return _forward(plan, _cast_linears(plan, tensors), keep=lambda tensor: None)
 
 
 def _is_plain_block(block: nn.Module) -> bool:
-    """Whether nobody could tell that the modules of `block` are not called."""
+    """Whether, its norms being fused, nobody could tell that the other modules of `block` are not called."""
     attention, mlp = block.attn, block.mlp
     proj, proj_drop = attention.proj, attention.proj_drop
     return (
@@ -118,8 +124,8 @@ def _is_plain_block(block: nn.Module) -> bool:
     )
 
 
-def _takes_tensors(x: Tensor, linears: list[Tensor], others: list[Tensor], casts: bool) -> bool:
-    """Whether a map, what its Linears have and what else there is are such that the modules would do the same."""
+def _takes_tensors(x: Tensor, linears: list[Tensor], others: tuple[Tensor, ...], casts: bool) -> bool:
+    """Whether a map, the parameters of the Linears and what else there is are such that modules would do the same."""
     if casts:
         fits = all([t.is_floating_point() and t.dtype != torch.float64 for t in linears])
     else:
@@ -132,147 +138,145 @@ def _takes_tensors(x: Tensor, linears: list[Tensor], others: list[Tensor], casts
 # -------------------------------------------------------------------------------------------------- the computation
 
 
-def _forward(
-    plan: _Plan, block: _Tensors, linears: Sequence[Tensor | None], keep: Callable[[Tensor | None], object]
-) -> Tensor:  # fmt: skip
-    """The block, its `linears` cast; `keep` gets the activations that the backward starts from."""
-    qkv_weight, proj_weight, fc1_weight, fc2_weight, qkv_bias, proj_bias, fc1_bias, fc2_bias = linears
+def _forward(plan: _Plan, block: _Tensors, keep: Callable[[Tensor | None], object]) -> Tensor:
+    """The block, its Linears as `_cast_linears` gives them; `keep` gets the activations the backward starts from."""
     norm1 = block.norm1_weight, block.norm1_bias, plan.eps[0]
     norm2 = block.norm2_weight, block.norm2_bias, plan.eps[1]
     x = block.x
     # One name for all that flows along a branch: what is not kept is gone with the next step.
     if plan.pre_norm:
-        _, y = ops.add_layer_norm.unwatched(x, None, None, *norm1, plan.dtype)
+        _, y = ops.add_layer_norm.forward_only(x, None, None, *norm1, plan.dtype)
     else:
         y = x.to(plan.dtype)
     keep(y)
-    y = F.linear(y, qkv_weight, qkv_bias)
+    y = F.linear(y, block.qkv_weight, block.qkv_bias)
     keep(y)
     bias, pad_qkv = block.position, block.qkv_bias if plan.pads else None
     if plan.is_table:
-        bias = ops.relative_position_bias.unwatched(bias, plan.attention[1])
+        bias = ops.relative_position_bias.forward_only(bias, plan.geometry[1])
     keep(bias)
-    y, stats = ops.window_attention.unwatched(y, bias, pad_qkv, block.logit_scale, *plan.attention)
+    y, stats = ops.window_attention.forward_only(y, bias, pad_qkv, block.logit_scale, *plan.geometry, plan.save_stats)
     keep(y)
-    keep(stats)
-    y = F.linear(y, proj_weight, proj_bias)
+    keep(stats if plan.save_stats else None)
+    y = F.linear(y, block.proj_weight, block.proj_bias)
     if plan.pre_norm:
-        x, y = ops.add_layer_norm.unwatched(x, y, block.scale1, *norm2, plan.dtype)
+        x, y = ops.add_layer_norm.forward_only(x, y, block.scale1, *norm2, plan.dtype)
         keep(x)
     else:
         keep(y)
-        x = ops.layer_norm_add.unwatched(x, y, block.scale1, *norm1, plan.norm_dtype)
+        x = ops.layer_norm_add.forward_only(x, y, block.scale1, *norm1, plan.norm_dtype)
         y = x.to(plan.dtype)
     keep(y)
-    y = F.linear(y, fc1_weight, fc1_bias)
+    y = F.linear(y, block.fc1_weight, block.fc1_bias)
     keep(y)
     y = F.gelu(y)
-    y = F.linear(y, fc2_weight, fc2_bias)
-    if not plan.pre_norm:
-        keep(y)
-        return ops.layer_norm_add.unwatched(x, y, block.scale2, *norm2, plan.norm_dtype)
-    return x + y if block.scale2 is None else torch.addcmul(x, y, _per_sample(block.scale2))
+    y = F.linear(y, block.fc2_weight, block.fc2_bias)
+    if plan.pre_norm:
+        keep(None)
+        return x + y if block.scale2 is None else torch.addcmul(x, y, _per_sample(block.scale2))
+    keep(y)
+    return ops.layer_norm_add.forward_only(x, y, block.scale2, *norm2, plan.norm_dtype)
 
 
 class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: _Plan, *tensors: Tensor | None) -> Tensor:
-        block = _Tensors(*tensors)
-        linears = _cast_linears(block, plan)
         activations = []
-        out = _forward(plan, block, linears, activations.append)
+        block = _cast_linears(plan, _Tensors(*tensors))
+        out = _forward(plan, block, activations.append)
         ctx.plan, ctx.dtypes = plan, _Tensors(*[None if t is None else t.dtype for t in tensors])
-        others = block._replace(x=block.x if plan.pre_norm else None, position=None)[:_NUM_OTHERS]
-        ctx.save_for_backward(*activations, *others, *linears[:4], block.qkv_bias if plan.pads else None)
+        kept = block._replace(
+            x=block.x if plan.pre_norm else None,
+            position=None,
+            qkv_bias=block.qkv_bias if plan.pads else None,
+            proj_bias=None,
+            fc1_bias=None,
+            fc2_bias=None,
+        )
+        ctx.save_for_backward(*kept, *activations)
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor):
-        ops.refuse_tangents("a block's backward", (dout,))
-        saved = ctx.saved_tensors
-        size = len(_Tensors._fields) - 3  # three biases need not be known
+        ops.refuse_tangents("a block of timm_flashwin", (dout,))
+        size = len(_Tensors._fields)
+        saved, needs = ctx.saved_tensors, _Tensors(*ctx.needs_input_grad[1:])
         with torch.no_grad():
-            grads = _backward(
-                ctx.plan, saved[:-size], _Tensors(*saved[-size:], None, None, None), ctx.dtypes,
-                _Tensors(*ctx.needs_input_grad[1:]), dout,
-            )  # fmt: skip
+            grads = _backward(ctx.plan, _Tensors(*saved[:size]), saved[size:], ctx.dtypes, needs, dout)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = ops.without_second_derivative(grads, (dout, *saved))
+            grads = ops.without_second_derivative(grads)
         return None, *grads
 
 
-def _backward(plan: _Plan, activations, block: _Tensors, dtypes: _Tensors, needs: _Tensors, dout: Tensor) -> list:
-    """The gradients of a block's tensors, None where not needed. The weights of its Linears are as they were cast."""
-    into_qkv, qkv, position_bias, attended, stats, normed, into_fc1, hidden, *into_norm2 = activations
+def _backward(
+    plan: _Plan, block: _Tensors, activations: tuple, dtypes: _Tensors, needs: _Tensors, dout: Tensor
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of the tensors of `block`, None where there is no need; its Linears are as they were cast."""
+    # into_norm: norm2 of V1, norm1 of V2, the one after the attention; into_last: norm2 of V2.
+    into_qkv, qkv, position_bias, attended, stats, into_norm, into_fc1, hidden, into_last = activations
     norm1 = block.norm1_weight, block.norm1_bias, plan.eps[0]
     norm2 = block.norm2_weight, block.norm2_bias, plan.eps[1]
-    if plan.pre_norm:
-        dy = _of_branch(dout, block.scale2, plan.dtype)
-    else:
-        dy, *dnorm2 = ops.layer_norm_add_backward(dout, *into_norm2, block.scale2, *norm2)
+    bias_dtypes = [dtype if need else None for dtype, need in zip(dtypes, needs, strict=True)][_WEIGHTS.stop :]
+    in_one_launch = not ops.is_intercepted([dout])  # a batch of gradients has no rule for out= and foreach
 
-    dhidden, activated = ops.gelu_backward(_of_input(dy, block.fc2_weight, hidden), hidden)
-    dfc2 = _of_parameters(dy, activated, needs.fc2_weight, needs.fc2_bias and dtypes.fc2_bias)
+    if plan.pre_norm:
+        dy = _scaled_grad(dout, block.scale2, plan.dtype, in_one_launch)
+    else:
+        dy, *dnorm2 = ops.layer_norm_add_backward(dout, into_last, block.scale2, *norm2)
+    dhidden, activated = ops.gelu_backward(_input_grad(dy, block.fc2_weight, hidden), hidden)
+    dfc2 = _parameter_grads(dy, activated, bias_dtypes[3])
     del activated  # it and dhidden are the widest maps there are
-    dfc1 = _of_parameters(dhidden, into_fc1, needs.fc1_weight, needs.fc1_bias and dtypes.fc1_bias)
-    dy = _of_input(dhidden, block.fc1_weight, into_fc1)
+    dfc1 = _parameter_grads(dhidden, into_fc1, bias_dtypes[2])
+    dy = _input_grad(dhidden, block.fc1_weight, into_fc1)
     del dhidden
     if plan.pre_norm:
-        dx, dy, *dnorm2 = ops.add_layer_norm_backward(dout, dy, normed, block.scale1, *norm2, plan.dtype)
+        dx, dy, *dnorm2 = ops.add_layer_norm_backward(dout, dy, into_norm, block.scale1, *norm2, plan.dtype)
     else:
         dx = dout + dy
-        dy, *dnorm1 = ops.layer_norm_add_backward(dx, normed, block.scale1, *norm1)
+        dy, *dnorm1 = ops.layer_norm_add_backward(dx, into_norm, block.scale1, *norm1)
 
-    dproj = _of_parameters(dy, attended, needs.proj_weight, needs.proj_bias and dtypes.proj_bias)
-    *geometry, save_stats = plan.attention
+    dproj = _parameter_grads(dy, attended, bias_dtypes[1])
     needs_dpad_qkv = plan.pads and needs.qkv_bias
     dqkv, dposition, dpad_qkv, dlogit_scale = ops.window_attention_backward(
-        _of_input(dy, block.proj_weight, attended), qkv, position_bias, block.qkv_bias, block.logit_scale,
-        attended if save_stats else None, stats if save_stats else None, *geometry,
+        _input_grad(dy, block.proj_weight, attended), qkv, position_bias, block.qkv_bias, block.logit_scale,
+        attended if plan.save_stats else None, stats, *plan.geometry,
         needs.position, needs_dpad_qkv, needs.logit_scale,
     )  # fmt: skip
     if plan.is_table and needs.position:
-        dposition = ops.relative_position_bias_backward(dposition, geometry[1])
-    dqkv_weight, dqkv_bias = _of_parameters(dqkv, into_qkv, needs.qkv_weight, needs.qkv_bias and dtypes.qkv_bias)
+        dposition = ops.relative_position_bias_backward(dposition, plan.geometry[1])
+    dqkv_weight, dqkv_bias = _parameter_grads(dqkv, into_qkv, bias_dtypes[0])
     if needs_dpad_qkv:
         dqkv_bias += dpad_qkv
-    dy = _of_input(dqkv, block.qkv_weight, into_qkv)
+    dy = _input_grad(dqkv, block.qkv_weight, into_qkv)
     if plan.pre_norm:
         dx, _, *dnorm1 = ops.add_layer_norm_backward(dx, dy, block.x, None, *norm1, None)
     else:
         dx = dx.add_(dy).to(dtypes.x)
 
-    dweights = (dqkv_weight, dproj[0], dfc1[0], dfc2[0])
-    dweights = _cast(dweights, dtypes[_NUM_OTHERS : _NUM_OTHERS + 4])
-    dbiases = (dqkv_bias, dproj[1], dfc1[1], dfc2[1])
+    dweights, dbiases = zip((dqkv_weight, dqkv_bias), dproj, dfc1, dfc2, strict=True)
+    dweights = _cast_grads(dweights, dtypes[_WEIGHTS], in_one_launch)
     grads = (dx, None, None, *dnorm1, *dnorm2, dposition, dlogit_scale, *dweights, *dbiases)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-def _of_branch(dout: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient of a branch whose samples are scaled before they are added: in one launch, without a branch."""
+def _scaled_grad(dout: Tensor, scale: Tensor | None, dtype: torch.dtype, in_one_launch: bool) -> Tensor:
+    """The gradient of a branch whose samples are scaled as they are added."""
     if scale is None:
         return dout.to(dtype)
-    if not ops.is_plain(dout):
+    if not in_one_launch:
         return (dout * _per_sample(scale)).to(dtype)
     return torch.mul(dout, _per_sample(scale), out=dout.new_empty(dout.shape, dtype=dtype))
 
 
-def _of_input(dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """The gradient of the input `x` of a Linear."""
+def _input_grad(dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Of a Linear of `x`."""
     return (_rows(dy) @ weight).view(x.shape)
 
 
-def _of_parameters(dy: Tensor, x: Tensor, needs_weight: bool, bias_dtype: torch.dtype | bool) -> tuple:
-    """The gradients of weight and bias of a Linear whose input is `x`; `bias_dtype` is False where there is no bias."""
+def _parameter_grads(dy: Tensor, x: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Of weight and bias of a Linear of `x`; that of the bias where its dtype is given."""
     rows = _rows(dy)
-    dweight = rows.T @ _rows(x) if needs_weight else None
-    return dweight, rows.sum(dim=0, dtype=bias_dtype) if bias_dtype else None
-
-
-def _cast_linears(block: _Tensors, plan: _Plan) -> Sequence[Tensor | None]:
-    linears = block[_NUM_OTHERS:]
-    return _cast(linears, [plan.dtype] * len(linears)) if plan.casts else linears
+    return rows.T @ _rows(x), None if bias_dtype is None else rows.sum(dim=0, dtype=bias_dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -283,14 +287,26 @@ def _per_sample(scale: Tensor) -> Tensor:
     return scale.view(-1, 1, 1, 1)
 
 
-def _cast(tensors, dtypes) -> list[Tensor | None]:
-    """Each of `tensors` in its dtype, where it has another one: in one launch where that is one dtype for all."""
-    others = [(x, dtype) for x, dtype in zip(tensors, dtypes, strict=True) if x is not None and x.dtype != dtype]
-    if len({dtype for _, dtype in others}) != 1 or not all([ops.is_plain(x) for x, _ in others]):
-        return [None if x is None else x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True)]
-    sources = [x for x, _ in others]
-    flat = sources[0].new_empty(sum([x.numel() for x in sources]), dtype=others[0][1])
-    copies = _unflatten_dense_tensors(flat, sources)
-    torch._foreach_copy_(copies, sources)
+def _cast_linears(plan: _Plan, block: _Tensors) -> _Tensors:
+    """The block with weights and biases as autocast would hand them to the Linears, cast in one launch."""
+    linears = block[_LINEARS]
+    others = [t for t in linears if t is not None and t.dtype != plan.dtype]
+    if not (plan.casts and others):
+        return block
+    flat = others[0].new_empty(sum([t.numel() for t in others]), dtype=plan.dtype)
+    copies = _unflatten_dense_tensors(flat, others)
+    torch._foreach_copy_(copies, others)
     copies = iter(copies)
-    return [x if x is None or x.dtype == dtype else next(copies) for x, dtype in zip(tensors, dtypes, strict=True)]
+    cast = [t if t is None or t.dtype == plan.dtype else next(copies) for t in linears]
+    return _Tensors(*block[: _LINEARS.start], *cast)
+
+
+def _cast_grads(grads: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...], in_one_launch: bool) -> Sequence[Tensor]:
+    """Each gradient in the dtype of its weight, in memory of its own."""
+    if all([grad.dtype == dtype for grad, dtype in zip(grads, dtypes, strict=True)]):
+        return grads
+    if not in_one_launch:
+        return [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+    copies = [grad.new_empty(grad.shape, dtype=dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+    torch._foreach_copy_(copies, grads)
+    return copies
