@@ -6,6 +6,12 @@ from torch import Tensor, nn
 
 from ..functional import fallback_reason, log_fallback, relative_position_bias, window_attention, windowed_sdpa
 
+# Hooks on all modules; torch fills these dictionaries and never replaces them.
+_GLOBAL_HOOKS = [
+    getattr(nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
+
 
 class FlashAttention:
     """Mixed in before a window attention of timm's: it has that one's state, and this forward.
@@ -127,7 +133,7 @@ def _is_stock_weight_module(module: nn.Module) -> bool:
 
 def is_untouched(*modules: nn.Module) -> bool:
     """Whether nobody could tell that `modules` are not called, one with a hook on all modules included."""
-    return all([_is_bare(module) for module in modules]) and not nn.modules.module._has_any_global_hook()
+    return all([_is_bare(module) for module in modules]) and not any(_GLOBAL_HOOKS)
 
 
 def _is_bare(module: nn.Module) -> bool:
