@@ -84,6 +84,7 @@ PROVIDERS = (
     "timm_reduce_overhead",
     "flashwin_reduce_overhead",
 )
+COMPILED = ("_compile", "_reduce_overhead")
 ONLY_BY_NAME = ("_aot", "_reduce_overhead")
 DEFAULT_CASES = (
     "swin_tiny_patch4_window7_224:256:infer",
@@ -254,9 +255,6 @@ def logits_and_bias_grads(model: nn.Module, images: Tensor, labels: Tensor, amp:
 
 
 # ------------------------------------------------------------------------------------------------------- providers
-
-
-COMPILED = ("_compile", "_reduce_overhead")
 
 
 def compiled(provider: str, model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -52,7 +52,7 @@ class _Plan(NamedTuple):
     """What a block is beside its tensors."""
 
     pre_norm: bool  # a norm is in front of each branch (V1), or behind it (V2)
-    geometry: tuple  # what `ops.window_attention` takes after its tensors: num_heads, window_size, shift_size, scale
+    geometry: list  # what `ops.window_attention` takes after its tensors: num_heads, window_size, shift_size, scale
     save_stats: bool  # and that
     is_table: bool  # whether there is a table of the position bias
     pads: bool  # whether the map is padded to whole windows
