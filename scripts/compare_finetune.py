@@ -74,7 +74,7 @@ def main() -> int:
             row = {"check": "finetune", "config": CONFIG.name, "model": name, "seed": seed, "amp_dtype": args.amp_dtype}
             row |= {f"{split}_images": count for split, count in counts.items()}
             rows.append(row | origin | train(args, name, seed, work))
-    merge_rows(out, rows, key=("config", "model", "seed", "amp_dtype", "train_images"))
+            merge_rows(out, rows[-1:], key=("config", "model", "seed", "amp_dtype", "train_images"))
     plot(rows, out.with_suffix(".png"))
     print(f"{table(rows)}\n\n{out} and {out.with_suffix('.png')} written")
     return 0 if report_verdict(rows) else 1
