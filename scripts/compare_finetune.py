@@ -167,6 +167,10 @@ def table(rows: list[dict]) -> str:
     )
 
 
+def is_twin(row: dict) -> bool:
+    return row["model"] in flashwin_names()
+
+
 def distance(one: list[float], other: list[float]) -> float:
     """The mean absolute difference of two curves."""
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
@@ -174,8 +178,8 @@ def distance(one: list[float], other: list[float]) -> float:
 
 def report_verdict(rows: list[dict]) -> bool:
     """Print how far the twin is from timm's runs with its seeds, and how far timm's seeds are from each other."""
-    twins = [row for row in rows if row["model"] in flashwin_names()]
-    stock = [row for row in rows if row not in twins]
+    twins = [row for row in rows if is_twin(row)]
+    stock = [row for row in rows if not is_twin(row)]
     passed = True
     for curve, name in CURVES.items():
         distances = [distance(twin[curve], run[curve]) for twin, run in zip(twins, stock, strict=True)]
@@ -203,13 +207,13 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(CURVES), figsize=(4.5 * len(CURVES), 3.5), layout="constrained")
     for axis, (curve, name) in zip(axes, CURVES.items(), strict=True):
         for row in rows:
-            is_twin = row["model"] in flashwin_names()
-            style = dict(color="C3", linestyle="--") if is_twin else dict(color="0.4", alpha=0.8)
+            style = dict(color="C3", linestyle="--") if is_twin(row) else dict(color="0.4", alpha=0.8)
             epochs = range(1, row["epochs"] + 1)
             axis.plot(epochs, row[curve], marker=".", label=f"{row['model']}, seed {row['seed']}", **style)
         axis.set(xlabel="epoch", title=name)
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"{CONFIG.name}, {row['train_images']} images, AMP {row['amp_dtype']}, {row['device']}")
+    setting = rows[0]  # the runs differ in model and seed alone
+    figure.suptitle(f"{CONFIG.name}, {setting['train_images']} images, AMP {setting['amp_dtype']}, {setting['device']}")
     figure.savefig(path, dpi=120)
 
 
