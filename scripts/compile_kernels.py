@@ -27,6 +27,7 @@ from timm_flashwin.kernels import (
     launch,
     launcher,
     layer_norm,
+    linear_gelu,
     needs_stats,
     relative_position,
     settings,
@@ -168,6 +169,13 @@ def _run(case: Case) -> None:
     gelu.launch_gelu_backward(out, out, out, out)
 
 
+def _compiled_linear_gelu(case: Case):
+    """Each length of its products, beside the windows of as many shapes; it is of sm_90 alone."""
+    in_features = {7: 96, 8: 128, 12: 192, 14: 256, 16: 384, 24: 512}[case.window]
+    device = torch.device("cpu")  # which says nothing of the target
+    return linear_gelu.LinearGelu(4096, in_features, 4 * in_features, case.dtype, not case.padded, device).compiled
+
+
 def compile_case(target_name: str, name: str) -> list[Row]:
     """Compile all kernels of one case for one target."""
     target, shared_limit = TARGETS[target_name]
@@ -184,6 +192,8 @@ def compile_case(target_name: str, name: str) -> list[Row]:
     triton.runtime.JITFunction.__getitem__ = warmup
     torch.backends.cuda.matmul.allow_tf32 = True
     _run(case)
+    if target_name == "sm_90" and case.dtype != torch.float32:
+        compiled_kernels.append(_compiled_linear_gelu(case))
     rows = []
     for compiled in compiled_kernels:
         registers, spills = _resources(compiled, target)

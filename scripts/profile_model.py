@@ -11,7 +11,8 @@ records a few steps, and the time of every kernel goes to the operator that laun
 An operator in the backward belongs to the forward operator whose node runs it (the two share autograd's sequence
 number). Categories:
 
-  linears            the GEMMs of all Linears, with bias and bias gradient; those in V2's position bias, too.
+  linears            the GEMMs of all Linears, with bias and bias gradient; those in V2's position bias, too. With
+                     flashwin's inference also the GELU where it is part of one.
   patch_convolution  the convolution of the patch embedding.
   attention          a block's way from the normed map and back, but for its Linears: the flashwin operators, or roll,
                      padding, partition, products, bias, mask, softmax, casts, and the way back.
@@ -139,6 +140,7 @@ DECISIVE = {
     **dict.fromkeys((OURS + name + way for name in ("add_layer_norm", "layer_norm_add") for way in WAYS), "norms"),
     **dict.fromkeys((OURS + name + way for name in OUR_ATTENTION for way in WAYS), "attention"),
     OURS + "gelu_backward": "activations",
+    OURS + "linear_gelu": "linears",
     "aten::dropout": "residual_adds",
     "aten::mean": "pooling_and_loss",
     "aten::adaptive_avg_pool2d": "pooling_and_loss",

@@ -417,6 +417,38 @@ def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def linear_gelu_serves(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `impl` takes `ops.linear_gelu` for F.gelu(F.linear(x, weight, bias)): that is inference in half
+    precision, on a GPU with a kernel for it. A compiler, too, is then asked to leave the two to it."""
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    if impl == "reference" or _needs_grad(*tensors) or transforms_are_on():
+        return False
+    if not torch.compiler.is_compiling() and ops.is_intercepted(tensors):
+        return False
+    dtype = compute_dtype(x)
+    casts = ops.autocast_dtype(x.device.type) == dtype
+    return (
+        all([t.device == x.device and (casts or t.dtype == dtype) for t in tensors])
+        and x.shape[-1] == weight.shape[1]
+        and has_linear_gelu(x.device, dtype, *weight.shape)
+    )
+
+
+@_constant
+def has_linear_gelu(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> bool:
+    """Whether there is a kernel for a Linear of such sizes and the GELU after it."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.cuda.get_device_capability(device) != (9, 0) or _device_refusal(device, dtype) is not None:
+        return False
+    try:
+        kernels = importlib.import_module(".kernels.linear_gelu", __package__)
+    except (ImportError, AttributeError):  # another Triton, without Gluon as it is here
+        return False
+    row_bytes = [features * dtype.itemsize for features in (out_features, in_features)]
+    return in_features <= kernels.MAX_IN_FEATURES and not any([n % kernels.ALIGNMENT for n in row_bytes])
+
+
 @_constant
 def log_fallback(reason: str, device_type: str) -> None:
     """Log, once per reason, that plain PyTorch runs: news on a GPU, a matter of course elsewhere."""

@@ -5,19 +5,22 @@ Triton is imported on the first launch.
 `timm_flashwin::window_attention` works on the NHWC map, `timm_flashwin::windowed_sdpa` on partitioned windows,
 `timm_flashwin::relative_position_bias` makes the bias of both, from a table which `continuous_position_table` makes for
 the V2 family. `timm_flashwin::add_layer_norm` and `timm_flashwin::layer_norm_add` are the residual add with the norm
-after or before it. Each has a `_backward` beside it. `timm_flashwin::gelu_backward` gives the output of the GELU along.
+after or before it. Each has a `_backward` beside it. `timm_flashwin::gelu_backward` gives the output of the GELU along,
+and `timm_flashwin::linear_gelu` is a Linear with the GELU after it, where no gradient is asked for.
 They take what their callers have validated.
 """
 
 import contextlib
 import functools
 import importlib
+import math
 import sys
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from .geometry import num_windows
 
@@ -68,6 +71,7 @@ _library.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define("gelu_backward(Tensor dout, Tensor x) -> (Tensor, Tensor)")
+_library.define("linear_gelu(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 _WAY_OUT = 'use impl="reference", by timm_flashwin.accelerate(model, impl="reference") for a model'
 
@@ -121,6 +125,10 @@ def refuse_tangents(name: str, grads) -> None:
         grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads
     ):
         raise NotImplementedError(f"{name} has no forward-mode derivative; " + _WAY_OUT)
+
+
+def _no_derivative(ctx, *grads):
+    raise RuntimeError("timm_flashwin::linear_gelu has no derivative; call it under torch.no_grad()")
 
 
 def _no_second_derivative(ctx, *grads):
@@ -237,7 +245,8 @@ def _in_autocasts_dtype(inputs, num_activations: int):
     """The activations, which come first, as timm's matmuls run them; the bias keeps its dtype: logits are float32."""
     if autocast_dtype(inputs[0].device.type) is None:
         return inputs
-    return *[x.to(compute_dtype(x)) for x in inputs[:num_activations]], *inputs[num_activations:]
+    activations = [None if x is None else x.to(compute_dtype(x)) for x in inputs[:num_activations]]
+    return *activations, *inputs[num_activations:]
 
 
 def _acc_dtype(x: Tensor) -> torch.dtype:
@@ -678,6 +687,43 @@ def _gelu_backward_fake(dout, x):
 gelu_backward = _implement("gelu_backward", _gelu_backward, _gelu_backward_fake, _no_second_derivative)
 
 
+# -------------------------------------------------------------------------------------------- linear_gelu
+
+
+def _linear_gelu(x, weight, bias):
+    linear_gelu = _one_kernel(x, weight, bias)
+    if linear_gelu is None:
+        return F.gelu(F.linear(x, weight, bias))
+    out = _linear_gelu_fake(x, weight, bias)
+    with _device_guard(x):
+        linear_gelu(*[t if t is None else _aligned(t) for t in (x, weight, bias)], out)
+    return out
+
+
+def _one_kernel(x, weight, bias):
+    """The kernel for such a call; None where it is PyTorch's: by its size, or on a CPU."""
+    out_features, in_features = weight.shape
+    if not (x.is_cuda and x.numel()):
+        return None
+    with _device_guard(x):
+        return _kernels("linear_gelu").linear_gelu_for(
+            x.numel() // in_features, in_features, out_features, x.dtype, bias is not None, x.device
+        )
+
+
+def _aligned(x):
+    """`x`, contiguous and where TMA can read it."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % _kernels("linear_gelu").ALIGNMENT else x
+
+
+def _linear_gelu_fake(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+linear_gelu = _implement("linear_gelu", _linear_gelu, _linear_gelu_fake, _no_derivative, num_activations=3)
+
+
 # ------------------------------------------------------------------------------------------------ FLOP counts
 
 
@@ -714,6 +760,10 @@ def _register_flop_formulas() -> None:
         do, qkv_shape, bias, pad_qkv, logit_scale, out, stats, num_heads, window_size, *_, **__
     ) -> int:  # fmt: skip
         return 5 * _map_product_flops(qkv_shape, num_heads, window_size)
+
+    @register_flop_formula(ops.linear_gelu)
+    def linear_gelu_flops(x_shape, weight_shape, *_, **__) -> int:
+        return 2 * math.prod(x_shape) * weight_shape[0]
 
     @register_flop_formula(ops.windowed_sdpa)
     def windowed_sdpa_flops(q_shape, *_, **__) -> int:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from timm.layers import Mlp
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import nn
 
 from ..functional import IMPLEMENTATIONS
 from .dispatch import FlashAttention
+from .mlp import FlashMlp
 from .swin import FlashSwinTransformerBlock, FlashWindowAttention
 from .swin_v2 import FlashSwinTransformerV2Block, FlashSwinV2WindowAttention
 from .swin_v2_cr import FlashSwinTransformerV2CrBlock, FlashSwinV2CrWindowAttention
@@ -19,7 +21,7 @@ _FLASH_OF = {
     swin_transformer_v2_cr.WindowMultiHeadAttention: FlashSwinV2CrWindowAttention,
     swin_transformer_v2_cr.SwinTransformerV2CrBlock: FlashSwinTransformerV2CrBlock,
 }
-_TIMM_OF = {flash: stock for stock, flash in _FLASH_OF.items()}
+_TIMM_OF = {flash: stock for stock, flash in _FLASH_OF.items()} | {FlashMlp: Mlp}  # an MLP only inside of a block
 _MODULES = ", ".join(dict.fromkeys(stock.__module__ for stock in _FLASH_OF))
 
 
@@ -42,7 +44,7 @@ class AccelerateReport:
 
 
 def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
-    """Put every timm Swin attention in `model` on the kernels, in place.
+    """Put every timm Swin attention in `model` on the kernels, with the block around it, in place.
 
     The modules change their class and nothing else: parameters, buffers, hooks, device, training mode and
     gradient-checkpointing flags are untouched, and the state dict keeps its keys. Subclasses of timm's modules are left
@@ -67,7 +69,9 @@ def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
     # Collected first: a wrapper that reacts to attribute changes must not see a half-walked model.
     for name, module in list(model.named_modules()):
         stock = type(module)
-        if stock in _FLASH_OF:
+        if name in report.replaced:
+            pass
+        elif stock in _FLASH_OF:
             attention = getattr(module, "attn", None)  # blocks have one
             if attention is not None and type(attention) not in (*_FLASH_OF, *_TIMM_OF):
                 report.skipped[name] = f"its attention is a {type(attention).__name__}"
@@ -78,7 +82,10 @@ def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
             report.already[name] = stock.__name__
         elif isinstance(module, tuple(_FLASH_OF)):
             report.skipped[name] = f"{stock.__name__} is a subclass of timm's with a behaviour of its own"
-        if isinstance(module, FlashAttention):
+        if type(module) in _TIMM_OF and type(getattr(module, "mlp", None)) is Mlp:
+            module.mlp.__class__ = FlashMlp
+            report.replaced[f"{name}.mlp".lstrip(".")] = FlashMlp.__name__
+        if isinstance(module, (FlashAttention, FlashMlp)):
             module.__dict__.pop("impl", None)
             if impl != FlashAttention.impl:
                 module.impl = impl

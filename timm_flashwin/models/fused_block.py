@@ -15,7 +15,7 @@ from torch._utils import _unflatten_dense_tensors
 from torch.nn import functional as F
 
 from .. import ops
-from ..functional import map_options
+from ..functional import has_linear_gelu, map_options
 from .dispatch import FlashAttention, drops, is_untouched
 from .mlp import is_plain_mlp
 from .norms import handed_on, sample_scale
@@ -60,6 +60,7 @@ class _Plan(NamedTuple):
     dtype: torch.dtype  # of the products
     casts: bool  # whether autocast asks for that dtype
     norm_dtype: torch.dtype  # in which a norm's output is rounded
+    linear_gelu: bool  # whether the first Linear of the MLP makes the output of the GELU, and nothing else is kept
 
 
 def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
@@ -101,7 +102,10 @@ def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
         qkv, position, is_table, biases[0] if pads else None, logit_scale, attention.num_heads,
         attention.window_size, block.shift_size, scale, trains,
     )  # fmt: skip
-    plan = _Plan(pre_norm, geometry, save_stats, is_table, pads, (norm1.eps, norm2.eps), dtype, casts, norm_dtype)
+    linear_gelu = not trains and has_linear_gelu(x.device, dtype, *mlp.fc1.weight.shape)
+    plan = _Plan(
+        pre_norm, geometry, save_stats, is_table, pads, (norm1.eps, norm2.eps), dtype, casts, norm_dtype, linear_gelu
+    )
     if trains:
         return _FusedBlock.apply(plan, *tensors)
     return _forward(plan, _cast_linears(plan, tensors), keep=lambda tensor: None)
@@ -167,9 +171,12 @@ def _forward(plan: _Plan, block: _Tensors, keep: Callable[[Tensor | None], objec
         x = ops.layer_norm_add.forward_only(x, y, block.scale1, *norm1, plan.norm_dtype)
         y = x.to(plan.dtype)
     keep(y)
-    y = F.linear(y, block.fc1_weight, block.fc1_bias)
-    keep(y)
-    y = F.gelu(y)
+    if plan.linear_gelu:
+        y = ops.linear_gelu.forward_only(y, block.fc1_weight, block.fc1_bias)
+    else:
+        y = F.linear(y, block.fc1_weight, block.fc1_bias)
+        keep(y)
+        y = F.gelu(y)
     y = F.linear(y, block.fc2_weight, block.fc2_bias)
     if plan.pre_norm:
         keep(None)

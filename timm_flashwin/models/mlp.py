@@ -1,21 +1,47 @@
-"""The MLP of a block in training, with half of its activations kept.
+"""The MLP of a block: in training with half of its activations kept, in inference with its widest map written once.
 
 The GELU keeps its input for the backward, and the Linear after it the output: the widest maps of a block. Here the
-backward makes the output from the input, in the pass over it that it takes anyway.
+backward makes the output from the input, in the pass over it that it takes anyway. Without a backward the first Linear
+hands on what the GELU makes of its output.
 """
 
 import torch
-from timm.layers import GELU, Mlp
+from timm.layers import GELU, Mlp, is_exportable, is_scriptable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..functional import linear_gelu_serves
 from .dispatch import drops, is_untouched
+
+
+class FlashMlp(Mlp):
+    """timm's `Mlp`, of a block on the kernels."""
+
+    impl = "auto"  # as in functional.window_attention; an instance may hold its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.takes_linear_gelu(x):
+            return super().forward(x)
+        return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias))
+
+    def takes_linear_gelu(self, x: Tensor) -> bool:
+        """Whether the first Linear of `x` makes the output of the GELU: in inference, where nobody could tell."""
+        return (
+            isinstance(x, Tensor)
+            and not (is_exportable() or is_scriptable())
+            and is_plain_mlp(self)
+            and type(self.fc1) is nn.Linear
+            and is_untouched(self.fc1)
+            and linear_gelu_serves(self.impl, x, self.fc1.weight, self.fc1.bias)
+        )
 
 
 def mlp(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, for a block whose norms are fused (`norms.fuses_norms`)."""
     if not (torch.is_grad_enabled() and torch._C._get_tracing_state() is None and is_plain_mlp(module)):
+        return module(x)
+    if isinstance(module, FlashMlp) and module.takes_linear_gelu(x):
         return module(x)
     hidden, linear = module.fc1(x), module.fc2
     if _trains(hidden, linear.weight):
@@ -23,14 +49,17 @@ def mlp(module: nn.Module, x: Tensor) -> Tensor:
     return linear(module.act(hidden))
 
 
+_MLPS = (Mlp, FlashMlp)
+
+
 def starts_with_linear(module: nn.Module) -> bool:
     """Whether a Linear takes what timm's MLP is given, and nobody looks at it before."""
-    return type(module) is Mlp and type(module.fc1) is nn.Linear and is_untouched(module, module.fc1)
+    return type(module) in _MLPS and type(module.fc1) is nn.Linear and is_untouched(module, module.fc1)
 
 
 def is_plain_mlp(module: nn.Module) -> bool:
     """Whether nothing but a GELU lies between the two Linears of timm's MLP, and nobody looks at it."""
-    if type(module) is not Mlp:
+    if type(module) not in _MLPS:
         return False
     act, norm, linear, drop1, drop2 = module.act, module.norm, module.fc2, module.drop1, module.drop2
     return (

@@ -1,0 +1,288 @@
+"""A Linear and the exact GELU after it in one kernel, for NVIDIA's sm_90: the widest map of a block is written once.
+
+On Hopper a product of matrices and the arithmetic of an activation can run at the same time, but only if somebody sees
+to it: this kernel is written in Gluon, where it is said which warps do what. One warp loads, two warpgroups of four
+warps each take turns with the tensor cores: while one multiplies, the other activates and stores what it has.
+
+Rows of x stay in shared memory while the weight streams past: with square tiles of both, fetching would take longer
+than multiplying. That is why the product may be no longer than `MAX_IN_FEATURES`.
+
+Shapes stand at the end of the line: m is rows of a panel, n output features of a tile, k input features of a chunk.
+"""
+
+import functools
+import logging
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..geometry import cdiv
+from .launcher import remembered
+from .settings import multiprocessors_of
+
+MAX_IN_FEATURES = 512  # more would not fit in shared memory, a panel of rows being there as a whole
+ALIGNMENT = 16  # bytes: of addresses and rows, as TMA wants them
+
+_PANEL, _TILE, _CHUNK = 128, 128, 64  # m, n, k
+_STAGES = 4  # chunks of the weight in shared memory: those that are multiplied, and those that are fetched
+_GROUPS = gl.constexpr(2)  # warpgroups that multiply
+_REGISTERS, _LOADERS_REGISTERS = 240, 24  # a thread: a 128x128 tile takes 128 of them
+# Up to here the bias goes into the sum first, which saves adding it; longer products would wait for it to be laid out.
+_BIAS_FIRST_CHUNKS = gl.constexpr(4)
+_WAVES = 4  # tiles a multiprocessor has to have: with fewer, cuBLAS cuts finer and is faster
+_GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_PROPAGATE_NAN = gl.constexpr(tl.PropagateNan.ALL)
+_logger = logging.getLogger("timm_flashwin")
+
+
+@gluon.jit
+def gelu(x):
+    """x * Phi(x), as max(x, 0) - |x| * Phi(-|x|), which leaves no difference of nearly equal numbers.
+
+    log2(Phi(-a)) is close to a polynomial of degree 7, fitted for a of 0 to 6.5 (beyond it falls on, without a turn):
+    the GELU is within 1.5e-7, and Phi(-a) within 1.6e-4 of itself down to a = 6. PyTorch's float32 is within 1.1e-6.
+    """
+    a = gl.abs(x)
+    log2_tail = 5.3511470468947664e-05 - 1.3759814692093641e-06 * a
+    log2_tail = log2_tail * a - 0.0008782945806160569
+    log2_tail = log2_tail * a + 0.008356270380318165
+    log2_tail = log2_tail * a - 0.05376574024558067
+    log2_tail = log2_tail * a - 0.45854517817497253
+    log2_tail = log2_tail * a - 1.1512655019760132
+    log2_tail = log2_tail * a - 0.9999873638153076
+    return gl.maximum(x, 0.0, propagate_nan=_PROPAGATE_NAN) - a * gl.exp2(log2_tail)
+
+
+@gluon.jit
+def load_operands(
+    x_desc, weight_desc, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded, weight_free,
+    shares, shares_of_panel, tiles, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: the panel chunk by chunk beside the first tile's weight, then the weight of the others."""
+    PANEL: gl.constexpr = x_desc.block_type.shape[0]
+    CHUNK: gl.constexpr = x_desc.block_type.shape[1]
+    TILE: gl.constexpr = weight_desc.block_type.shape[0]
+    stage, phase, panel_phase = 0, 1, 1  # a barrier nobody arrived at lets pass who waits for its last phase
+    for share in range(gl.program_id(0), shares, gl.num_programs(0)):
+        row = share // shares_of_panel * PANEL
+        first = share % shares_of_panel * tiles
+        for tile in range(tiles):
+            for chunk in range(CHUNKS):
+                if tile == 0:
+                    mbarrier.wait(x_free.index(chunk), panel_phase)
+                    mbarrier.expect(x_loaded.index(chunk), x_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        x_desc, [row, chunk * CHUNK], x_loaded.index(chunk), x_chunks.index(chunk)
+                    )
+                mbarrier.wait(weight_free.index(stage), phase)
+                mbarrier.expect(weight_loaded.index(stage), weight_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    weight_desc, [(first + tile) * TILE, chunk * CHUNK], weight_loaded.index(stage),
+                    weight_chunks.index(stage),
+                )  # fmt: skip
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+        panel_phase ^= 1
+
+
+@gluon.jit
+def multiply_and_activate(
+    group, bias_ptr, out_desc, out_halves, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded, weight_free, turns,
+    shares, shares_of_panel, tiles, out_features,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, PANEL: gl.constexpr, TILE: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """One of the warpgroups: of every share of a panel each second tile."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16]
+    )  # fmt: skip
+    columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, layout))  # n
+    BIAS_FIRST: gl.constexpr = HAS_BIAS and CHUNKS <= _BIAS_FIRST_CHUNKS
+    out_half = out_halves.index(group)  # m n/2
+    panels, turn = 0, 0  # how many have been before
+    for share in range(gl.program_id(0), shares, gl.num_programs(0)):
+        row = share // shares_of_panel * PANEL
+        first = share % shares_of_panel * tiles
+        for tile in range(group, tiles, _GROUPS):
+            column = (first + tile) * TILE
+            sums = gl.zeros([PANEL, TILE], gl.float32, layout)  # m n
+            if HAS_BIAS:
+                inside = column + columns < out_features
+                bias = gl.load(bias_ptr + column + columns, mask=inside, other=0.0)  # n
+            if BIAS_FIRST:
+                sums, _ = gl.broadcast(bias.to(gl.float32)[None, :], sums)
+            step = (panels * tiles + tile) * CHUNKS
+            is_last = tile + _GROUPS >= tiles  # that this group makes of the panel
+            # A barrier tells one phase from the next alone: who waits must not be two ahead. And the tensor cores are
+            # a whole tile's at a time, so that its activation falls together with the next one's product.
+            mbarrier.wait(turns.index(group), (turn ^ group ^ 1) & 1)
+            for chunk in range(CHUNKS):
+                stage = (step + chunk) % STAGES
+                mbarrier.wait(x_loaded.index(chunk), panels & 1, pred=tile < _GROUPS)
+                mbarrier.wait(weight_loaded.index(stage), (step + chunk) // STAGES & 1)
+                sums = warpgroup_mma(
+                    x_chunks.index(chunk), weight_chunks.index(stage).permute((1, 0)), sums,
+                    use_acc=(chunk > 0) | BIAS_FIRST, is_async=True,
+                )  # fmt: skip
+                sums = warpgroup_mma_wait(1, deps=(sums,))  # the one before has read its chunks
+                mbarrier.arrive(weight_free.index((step + chunk - 1) % STAGES), count=1, pred=chunk > 0)
+                mbarrier.arrive(x_free.index(chunk - 1), count=1, pred=is_last & (chunk > 0))
+            mbarrier.arrive(turns.index(1 - group), count=1)
+            sums = warpgroup_mma_wait(0, deps=(sums,))
+            mbarrier.arrive(weight_free.index((step + CHUNKS - 1) % STAGES), count=1)
+            mbarrier.arrive(x_free.index(CHUNKS - 1), count=1, pred=is_last)
+            if HAS_BIAS and not BIAS_FIRST:
+                sums += bias.to(gl.float32)[None, :]
+            out = gelu(sums).to(out_desc.dtype)  # m n
+            left, right = out.reshape(PANEL, 2, TILE // 2).permute(0, 2, 1).split()  # m n/2
+            store_half(out_desc, out_half, left, row, column)
+            store_half(out_desc, out_half, right, row, column + TILE // 2)
+            turn += 1
+        panels += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def store_half(out_desc, out_half, values, row, column):
+    tma.store_wait(0)  # what was stored from there before has been read
+    out_half.store(values)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [row, column], out_half)
+
+
+# How many shares there are depends on the batch: one kernel for all of them.
+@gluon.jit(do_not_specialize=["shares", "shares_of_panel", "tiles"])
+def linear_gelu_kernel(
+    x_desc, weight_desc, bias_ptr, out_desc, shares, shares_of_panel, tiles, out_features,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, LOADERS_REGISTERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """gelu(x @ weight^T + bias).
+
+    Grid: (programs,); each takes one share of a panel after the other: `tiles` tiles, an even number, of which those
+    past the last output feature are computed in vain.
+    """
+    PANEL: gl.constexpr = x_desc.block_type.shape[0]
+    CHUNK: gl.constexpr = x_desc.block_type.shape[1]
+    TILE: gl.constexpr = weight_desc.block_type.shape[0]
+    x_chunks = gl.allocate_shared_memory(x_desc.dtype, [CHUNKS, PANEL, CHUNK], x_desc.layout)
+    weight_chunks = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TILE, CHUNK], weight_desc.layout)
+    out_halves = gl.allocate_shared_memory(x_desc.dtype, [_GROUPS, PANEL, TILE // 2], out_desc.layout)
+    x_loaded, x_free = make_barriers(CHUNKS, 1), make_barriers(CHUNKS, _GROUPS)
+    weight_loaded, weight_free = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
+    turns = make_barriers(_GROUPS, 1)
+    gl.warp_specialize(
+        [
+            (multiply_and_activate, (
+                0, bias_ptr, out_desc, out_halves, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded,
+                weight_free, turns, shares, shares_of_panel, tiles, out_features, CHUNKS, STAGES, PANEL, TILE, HAS_BIAS,
+            )),
+            (multiply_and_activate, (
+                1, bias_ptr, out_desc, out_halves, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded,
+                weight_free, turns, shares, shares_of_panel, tiles, out_features, CHUNKS, STAGES, PANEL, TILE, HAS_BIAS,
+            )),
+            (load_operands, (
+                x_desc, weight_desc, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded, weight_free,
+                shares, shares_of_panel, tiles, CHUNKS, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, LOADERS_REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def make_barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Barriers in shared memory, each of whose phases ends with so many arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+class LinearGelu:
+    """The kernel, compiled for one shape."""
+
+    def __init__(
+        self, rows: int, in_features: int, out_features: int, dtype: torch.dtype, has_bias: bool, device: torch.device
+    ):
+        """Raises what Triton raises where it cannot compile."""
+        multiprocessors = multiprocessors_of(device)
+        shares, *split = _shares(rows, out_features, multiprocessors)
+        sizes = (rows, in_features), (out_features, in_features), (rows, out_features)
+        blocks = (_PANEL, _CHUNK), (_TILE, _CHUNK), (_PANEL, _TILE // 2)
+        layouts = [gl.NVMMASharedLayout.get_default_for(list(block), _GLUON[dtype]) for block in blocks]
+        self._described = [
+            (list(size), [size[1], 1], list(block), layout)
+            for size, block, layout in zip(sizes, blocks, layouts, strict=True)
+        ]
+        self._numbers = (
+            shares, *split, out_features, cdiv(in_features, _CHUNK), _STAGES, _REGISTERS, _LOADERS_REGISTERS, has_bias
+        )  # fmt: skip
+        descriptors = [TensorDescriptor(_StandIn(dtype), *how) for how in self._described]
+        self._grid = min(shares, multiprocessors), 1, 1
+        self.compiled = linear_gelu_kernel.warmup(
+            *descriptors[:2], dtype, descriptors[2], *self._numbers, grid=self._grid, num_warps=4
+        )
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Fill `out` [rows, out_features] from `x` [rows, in_features]; all contiguous, at addresses that
+        `ALIGNMENT` divides."""
+        x_desc, weight_desc, out_desc = [
+            TensorDescriptor(tensor, *how) for tensor, how in zip((x, weight, out), self._described, strict=True)
+        ]
+        bias_address = (x if bias is None else bias).data_ptr()
+        stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+        self._run(x_desc, weight_desc, bias_address, out_desc, *self._numbers, stream=stream)
+
+    @functools.cached_property
+    def _run(self):
+        """Asks for the GPU, which compiling does not need."""
+        return self.compiled[self._grid]
+
+
+class _StandIn(NamedTuple):
+    """What a descriptor needs to know of a tensor before there is one."""
+
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return 0
+
+
+@remembered
+def linear_gelu_for(
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype, has_bias: bool, device: torch.device
+) -> LinearGelu | None:
+    """The kernel for such a call; None where two are faster, or, logged, where Triton cannot compile it."""
+    if cdiv(rows, _PANEL) * cdiv(out_features, _TILE) < _WAVES * multiprocessors_of(device):
+        return None
+    try:
+        return LinearGelu(rows, in_features, out_features, dtype, has_bias, device)
+    except Exception as error:
+        _logger.warning("a Linear and its GELU run in two kernels: Triton cannot compile the one (%s)", error)
+        return None
+
+
+def _shares(rows: int, out_features: int, multiprocessors: int) -> tuple[int, int, int]:
+    """(shares of all panels, shares of a panel, tiles of a share): of the even cuts that after which the busiest
+    multiprocessor is done first, a panel that has to be fetched costing as much as a tile."""
+    panels, pairs = cdiv(rows, _PANEL), cdiv(out_features, 2 * _TILE)
+    _, shares_of_panel = min(
+        (cdiv(panels * shares, multiprocessors) * (2 * pairs // shares + 1), shares)
+        for shares in range(1, pairs + 1)
+        if pairs % shares == 0
+    )
+    return panels * shares_of_panel, shares_of_panel, 2 * pairs // shares_of_panel
