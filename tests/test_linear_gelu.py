@@ -73,8 +73,7 @@ def test_its_extremes_are_those_of_two_kernels(dtype):
     x, weight, bias = make_operands(70000, 64, 64, dtype)
     bias[: len(EXTREMES)] = torch.tensor(EXTREMES)
     expected = two_kernels(x.zero_(), weight, bias)
-    expected[:, EXTREMES.index(float("inf"))] = float("inf")
-    assert torch.equal(ops.linear_gelu(x, weight, bias).isnan(), expected.isnan())
+    expected[:, EXTREMES.index(float("-inf"))] = 0.0  # the limit; PyTorch multiplies infinity by 0
     torch.testing.assert_close(ops.linear_gelu(x, weight, bias), expected, equal_nan=True)
 
 
