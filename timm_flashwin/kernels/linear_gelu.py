@@ -66,10 +66,11 @@ def gelu(x):
 
 @gluon.jit
 def load_operands(
-    x_desc, weight_desc, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded, weight_free,
-    shares, shares_of_panel, tiles, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+    x_desc, weight_desc, buffers, barriers, shares, shares_of_panel, tiles, CHUNKS: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """The loading warp: the panel chunk by chunk beside the first tile's weight, then the weight of the others."""
+    x_chunks, weight_chunks, _ = buffers
+    x_loaded, x_free, weight_loaded, weight_free = barriers
     PANEL: gl.constexpr = x_desc.block_type.shape[0]
     CHUNK: gl.constexpr = x_desc.block_type.shape[1]
     TILE: gl.constexpr = weight_desc.block_type.shape[0]
@@ -100,11 +101,12 @@ def load_operands(
 
 @gluon.jit
 def multiply_and_activate(
-    group, bias_ptr, out_desc, out_halves, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded, weight_free, turns,
-    shares, shares_of_panel, tiles, out_features,
+    group, bias_ptr, out_desc, buffers, barriers, turns, shares, shares_of_panel, tiles, out_features,
     CHUNKS: gl.constexpr, STAGES: gl.constexpr, PANEL: gl.constexpr, TILE: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups: of every share of a panel each second tile."""
+    x_chunks, weight_chunks, out_halves = buffers
+    x_loaded, x_free, weight_loaded, weight_free = barriers
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16]
     )  # fmt: skip
@@ -180,22 +182,26 @@ def linear_gelu_kernel(
     x_chunks = gl.allocate_shared_memory(x_desc.dtype, [CHUNKS, PANEL, CHUNK], x_desc.layout)
     weight_chunks = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TILE, CHUNK], weight_desc.layout)
     out_halves = gl.allocate_shared_memory(x_desc.dtype, [_GROUPS, PANEL, TILE // 2], out_desc.layout)
-    x_loaded, x_free = make_barriers(CHUNKS, 1), make_barriers(CHUNKS, _GROUPS)
-    weight_loaded, weight_free = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
+    barriers = (
+        make_barriers(CHUNKS, 1),
+        make_barriers(CHUNKS, _GROUPS),
+        make_barriers(STAGES, 1),
+        make_barriers(STAGES, 1),
+    )
     turns = make_barriers(_GROUPS, 1)
+    buffers = (x_chunks, weight_chunks, out_halves)
     gl.warp_specialize(
         [
             (multiply_and_activate, (
-                0, bias_ptr, out_desc, out_halves, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded,
-                weight_free, turns, shares, shares_of_panel, tiles, out_features, CHUNKS, STAGES, PANEL, TILE, HAS_BIAS,
+                0, bias_ptr, out_desc, buffers, barriers, turns, shares, shares_of_panel, tiles, out_features,
+                CHUNKS, STAGES, PANEL, TILE, HAS_BIAS,
             )),
             (multiply_and_activate, (
-                1, bias_ptr, out_desc, out_halves, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded,
-                weight_free, turns, shares, shares_of_panel, tiles, out_features, CHUNKS, STAGES, PANEL, TILE, HAS_BIAS,
+                1, bias_ptr, out_desc, buffers, barriers, turns, shares, shares_of_panel, tiles, out_features,
+                CHUNKS, STAGES, PANEL, TILE, HAS_BIAS,
             )),
             (load_operands, (
-                x_desc, weight_desc, x_chunks, weight_chunks, x_loaded, x_free, weight_loaded, weight_free,
-                shares, shares_of_panel, tiles, CHUNKS, STAGES,
+                x_desc, weight_desc, buffers, barriers, shares, shares_of_panel, tiles, CHUNKS, STAGES,
             )),
         ],
         [4, 1],
@@ -224,25 +230,22 @@ class LinearGelu:
         sizes = (rows, in_features), (out_features, in_features), (rows, out_features)
         blocks = (_PANEL, _CHUNK), (_TILE, _CHUNK), (_PANEL, _TILE // 2)
         layouts = [gl.NVMMASharedLayout.get_default_for(list(block), _GLUON[dtype]) for block in blocks]
-        self._described = [
-            (list(size), [size[1], 1], list(block), layout)
+        self._descriptors = [
+            TensorDescriptor(_StandIn(dtype), list(size), [size[1], 1], list(block), layout)
             for size, block, layout in zip(sizes, blocks, layouts, strict=True)
         ]
         self._numbers = (
             shares, *split, out_features, cdiv(in_features, _CHUNK), _STAGES, _REGISTERS, _LOADERS_REGISTERS, has_bias
         )  # fmt: skip
-        descriptors = [TensorDescriptor(_StandIn(dtype), *how) for how in self._described]
         self._grid = min(shares, multiprocessors), 1, 1
         self.compiled = linear_gelu_kernel.warmup(
-            *descriptors[:2], dtype, descriptors[2], *self._numbers, grid=self._grid, num_warps=4
+            *self._descriptors[:2], dtype, self._descriptors[2], *self._numbers, grid=self._grid, num_warps=4
         )
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """Fill `out` [rows, out_features] from `x` [rows, in_features]; all contiguous, at addresses that
         `ALIGNMENT` divides."""
-        x_desc, weight_desc, out_desc = [
-            TensorDescriptor(tensor, *how) for tensor, how in zip((x, weight, out), self._described, strict=True)
-        ]
+        x_desc, weight_desc, out_desc = map(_described, self._descriptors, (x, weight, out))
         bias_address = (x if bias is None else bias).data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)
         self._run(x_desc, weight_desc, bias_address, out_desc, *self._numbers, stream=stream)
@@ -251,6 +254,13 @@ class LinearGelu:
     def _run(self):
         """Asks for the GPU, which compiling does not need."""
         return self.compiled[self._grid]
+
+
+def _described(descriptor: TensorDescriptor, tensor: torch.Tensor) -> TensorDescriptor:
+    """The same of `tensor`; the constructor would check once more, each time, what is known."""
+    other = object.__new__(TensorDescriptor)
+    other.__dict__.update(descriptor.__dict__, base=tensor)
+    return other
 
 
 class _StandIn(NamedTuple):
