@@ -172,8 +172,7 @@ def _run(case: Case) -> None:
 def _compiled_linear_gelu(case: Case):
     """Each length of its products, beside the windows of as many shapes; it is of sm_90 alone."""
     in_features = {7: 96, 8: 128, 12: 192, 14: 256, 16: 384, 24: 512}[case.window]
-    device = torch.device("cpu")  # which says nothing of the target
-    return linear_gelu.LinearGelu(4096, in_features, 4 * in_features, case.dtype, not case.padded, device).compiled
+    return linear_gelu.compile_linear_gelu(in_features, 4 * in_features, case.dtype, not case.padded)
 
 
 def compile_case(target_name: str, name: str) -> list[Row]:

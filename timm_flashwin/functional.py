@@ -7,6 +7,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import ops, reference
 from .kernels import needs_stats
@@ -32,6 +33,9 @@ MAX_WINDOW_AREA = 24 * 24
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = (*_KERNEL_DTYPES, torch.float64)
+_LINEAR_GELU_DEVICES = ("cuda",)
+# A compiler would hand any other to an operator that knows nothing of it.
+_PLAIN_WHILE_COMPILING = (Tensor, torch.nn.Parameter, FakeTensor)
 _TABLE_LAYOUT = "[(2 * Wh - 1) * (2 * Ww - 1), num_heads]"
 
 
@@ -421,32 +425,31 @@ def linear_gelu_serves(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None
     """Whether `impl` takes `ops.linear_gelu` for F.gelu(F.linear(x, weight, bias)): that is inference in half
     precision, on a GPU with a kernel for it. A compiler, too, is then asked to leave the two to it."""
     tensors = [t for t in (x, weight, bias) if t is not None]
-    if impl == "reference" or _needs_grad(*tensors) or transforms_are_on():
+    if x.device.type not in _LINEAR_GELU_DEVICES or impl == "reference" or _needs_grad(*tensors) or transforms_are_on():
         return False
-    if not torch.compiler.is_compiling() and ops.is_intercepted(tensors):
+    if torch.compiler.is_compiling():
+        if not all([type(t) in _PLAIN_WHILE_COMPILING for t in tensors]):
+            return False
+    elif ops.is_intercepted(tensors):
         return False
     dtype = compute_dtype(x)
     casts = ops.autocast_dtype(x.device.type) == dtype
-    return (
-        all([t.device == x.device and (casts or t.dtype == dtype) for t in tensors])
-        and x.shape[-1] == weight.shape[1]
-        and has_linear_gelu(x.device, dtype, *weight.shape)
-    )
+    return all(
+        [t.device == x.device and t.dtype != torch.float64 and (casts or t.dtype == dtype) for t in tensors]
+    ) and (has_linear_gelu(x.device, dtype, weight))
+
+
+def has_linear_gelu(device: torch.device, dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether there is a kernel for a Linear of such a `weight` and the GELU after it."""
+    limits = _linear_gelu_limits(device, dtype)
+    return limits is not None and ops.fits_linear_gelu(limits, *weight.shape, dtype)
 
 
 @_constant
-def has_linear_gelu(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> bool:
-    """Whether there is a kernel for a Linear of such sizes and the GELU after it."""
-    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if torch.cuda.get_device_capability(device) != (9, 0) or _device_refusal(device, dtype) is not None:
-        return False
-    try:
-        kernels = importlib.import_module(".kernels.linear_gelu", __package__)
-    except (ImportError, AttributeError):  # another Triton, without Gluon as it is here
-        return False
-    row_bytes = [features * dtype.itemsize for features in (out_features, in_features)]
-    return in_features <= kernels.MAX_IN_FEATURES and not any([n % kernels.ALIGNMENT for n in row_bytes])
+def _linear_gelu_limits(device: torch.device, dtype: torch.dtype) -> tuple[int, int] | None:
+    """As `ops.linear_gelu_limits`, where Triton can compile at all."""
+    limits = ops.linear_gelu_limits(device, dtype)
+    return None if limits is None or _device_refusal(device, dtype) is not None else limits
 
 
 @_constant

@@ -6,7 +6,7 @@ Triton is imported on the first launch.
 `timm_flashwin::relative_position_bias` makes the bias of both, from a table which `continuous_position_table` makes for
 the V2 family. `timm_flashwin::add_layer_norm` and `timm_flashwin::layer_norm_add` are the residual add with the norm
 after or before it. Each has a `_backward` beside it. `timm_flashwin::gelu_backward` gives the output of the GELU along,
-and `timm_flashwin::linear_gelu` is a Linear with the GELU after it, where no gradient is asked for.
+and `timm_flashwin::linear_gelu` is a Linear with the GELU after it, for inference.
 They take what their callers have validated.
 """
 
@@ -125,10 +125,6 @@ def refuse_tangents(name: str, grads) -> None:
         grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads
     ):
         raise NotImplementedError(f"{name} has no forward-mode derivative; " + _WAY_OUT)
-
-
-def _no_derivative(ctx, *grads):
-    raise RuntimeError("timm_flashwin::linear_gelu has no derivative; call it under torch.no_grad()")
 
 
 def _no_second_derivative(ctx, *grads):
@@ -690,38 +686,91 @@ gelu_backward = _implement("gelu_backward", _gelu_backward, _gelu_backward_fake,
 # -------------------------------------------------------------------------------------------- linear_gelu
 
 
+@functools.cache
+def linear_gelu_limits(device: torch.device, dtype: torch.dtype) -> tuple[int, int] | None:
+    """(the most input features, what the bytes of a row are a multiple of) of the kernel for tensors on `device`; None
+    where there is none."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        kernels = _kernels("linear_gelu")
+    except Exception:  # no Triton, or one without Gluon as it is here
+        return None
+    return kernels.MAX_IN_FEATURES, kernels.ALIGNMENT
+
+
 def _linear_gelu(x, weight, bias):
-    linear_gelu = _one_kernel(x, weight, bias)
-    if linear_gelu is None:
+    kernel = _linear_gelu_kernel(x, weight, bias)
+    if kernel is None:
         return F.gelu(F.linear(x, weight, bias))
     out = _linear_gelu_fake(x, weight, bias)
+    alignment = _kernels("linear_gelu").ALIGNMENT
+    operands = [None if t is None else t.contiguous() for t in (x, weight, bias)]
     with _device_guard(x):
-        linear_gelu(*[t if t is None else _aligned(t) for t in (x, weight, bias)], out)
+        kernel(*[t.clone() if t is not None and t.data_ptr() % alignment else t for t in operands], out)
     return out
 
 
-def _one_kernel(x, weight, bias):
-    """The kernel for such a call; None where it is PyTorch's: by its size, or on a CPU."""
+def _linear_gelu_kernel(x, weight, bias):
+    """The kernel for such a call; None where PyTorch's two take it, or say what is wrong with it.
+
+    An exported program may run on another device than the one it was exported on.
+    """
+    limits = linear_gelu_limits(x.device, x.dtype)
+    if limits is None or not x.numel():
+        return None
     out_features, in_features = weight.shape
-    if not (x.is_cuda and x.numel()):
+    others = [weight] if bias is None else [weight, bias]
+    if (
+        x.shape[-1] != in_features
+        or bias is not None
+        and bias.shape != (out_features,)
+        or any([t.dtype != x.dtype or t.device != x.device for t in others])
+        or not fits_linear_gelu(limits, out_features, in_features, x.dtype)
+    ):
         return None
     with _device_guard(x):
         return _kernels("linear_gelu").linear_gelu_for(
-            x.numel() // in_features, in_features, out_features, x.dtype, bias is not None, x.device
+            math.prod(x.shape[:-1]), in_features, out_features, x.dtype, bias is not None, x.device
         )
 
 
-def _aligned(x):
-    """`x`, contiguous and where TMA can read it."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % _kernels("linear_gelu").ALIGNMENT else x
+def fits_linear_gelu(limits: tuple[int, int], out_features: int, in_features: int, dtype: torch.dtype) -> bool:
+    """Whether a Linear of such sizes is within the `linear_gelu_limits`."""
+    most, multiple = limits
+    size = dtype.itemsize
+    return in_features <= most and in_features * size % multiple == 0 and out_features * size % multiple == 0
 
 
 def _linear_gelu_fake(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-linear_gelu = _implement("linear_gelu", _linear_gelu, _linear_gelu_fake, _no_derivative, num_activations=3)
+def _linear_gelu_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_gelu_autograd(ctx, dout):
+    """For programs that were exported for inference, and are trained: as the two operators, of what they keep."""
+    x, weight, bias = ctx.saved_tensors
+    dhidden, _ = gelu_backward(dout, F.linear(x, weight, bias))
+    rows = dhidden.reshape(-1, dhidden.shape[-1])
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    dx = dhidden @ weight if needs_x else None
+    dweight = rows.T @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+    return dx, dweight, rows.sum(dim=0) if needs_bias else None
+
+
+linear_gelu = _implement(
+    "linear_gelu",
+    _linear_gelu,
+    _linear_gelu_fake,
+    _linear_gelu_autograd,
+    _linear_gelu_setup_context,
+    num_activations=3,
+)
 
 
 # ------------------------------------------------------------------------------------------------ FLOP counts

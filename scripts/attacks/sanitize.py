@@ -14,14 +14,14 @@ LAST_LINES = 20  # of the sanitizer's report, in a row that says it failed
 # Our calls alone, without the judge, and with outputs left as torch.empty gives them: a poisoned one counts as written.
 CALLS = """
 import torch
-from timm_flashwin import functional, ops
+from timm_flashwin import ops
 from properties import fixed_cases, make_inputs, ours_of, run
 for case in fixed_cases({device!r}).values():
     inputs, mask, do = make_inputs(case)
     for result in run(ours_of(case, mask), inputs, do).values():
         assert result.isfinite().all()
 device = torch.device({device!r})
-if functional.has_linear_gelu(device, torch.bfloat16, 2048, 200):
+if ops.linear_gelu_limits(device, torch.bfloat16):
     operands = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((5000, 200), (2048, 200), 2048)]
     assert ops.linear_gelu(*operands).isfinite().all()
 """

@@ -10,8 +10,8 @@ than multiplying. That is why the product may be no longer than `MAX_IN_FEATURES
 Shapes stand at the end of the line: m is rows of a panel, n output features of a tile, k input features of a chunk.
 """
 
-import functools
 import logging
+import textwrap
 from typing import NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ def gelu(x):
     """x * Phi(x), as max(x, 0) - |x| * Phi(-|x|), which leaves no difference of nearly equal numbers.
 
     log2(Phi(-a)) is close to a polynomial of degree 7, fitted for a of 0 to 6.5 (beyond it falls on, without a turn):
-    the GELU is within 1.5e-7, and Phi(-a) within 1.6e-4 of itself down to a = 6. PyTorch's float32 is within 1.1e-6.
+    the GELU is within 1.1e-7 and float32's roundings, Phi(-a) within 1.6e-4 of itself up to a = 6.
     """
     a = gl.minimum(gl.abs(x), 16.0)  # from where on the tail is 0, and infinity times 0 would not be
     log2_tail = 5.3511470468947664e-05 - 1.3759814692093641e-06 * a
@@ -219,41 +219,20 @@ def make_barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 class LinearGelu:
-    """The kernel, compiled for one shape."""
+    """The kernel for one shape."""
 
     def __init__(
-        self, rows: int, in_features: int, out_features: int, dtype: torch.dtype, has_bias: bool, device: torch.device
+        self, compiled, described: list[TensorDescriptor], numbers: tuple[int, ...], grid: tuple[int, int, int]
     ):
-        """Raises what Triton raises where it cannot compile."""
-        multiprocessors = multiprocessors_of(device)
-        shares, *split = _shares(rows, out_features, multiprocessors)
-        sizes = (rows, in_features), (out_features, in_features), (rows, out_features)
-        blocks = (_PANEL, _CHUNK), (_TILE, _CHUNK), (_PANEL, _TILE // 2)
-        layouts = [gl.NVMMASharedLayout.get_default_for(list(block), _GLUON[dtype]) for block in blocks]
-        self._descriptors = [
-            TensorDescriptor(_StandIn(dtype), list(size), [size[1], 1], list(block), layout)
-            for size, block, layout in zip(sizes, blocks, layouts, strict=True)
-        ]
-        self._numbers = (
-            shares, *split, out_features, cdiv(in_features, _CHUNK), _STAGES, _REGISTERS, _LOADERS_REGISTERS, has_bias
-        )  # fmt: skip
-        self._grid = min(shares, multiprocessors), 1, 1
-        self.compiled = linear_gelu_kernel.warmup(
-            *self._descriptors[:2], dtype, self._descriptors[2], *self._numbers, grid=self._grid, num_warps=4
-        )
+        self._run, self._described, self._numbers = compiled[grid], described, numbers
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """Fill `out` [rows, out_features] from `x` [rows, in_features]; all contiguous, at addresses that
         `ALIGNMENT` divides."""
-        x_desc, weight_desc, out_desc = map(_described, self._descriptors, (x, weight, out))
+        x_desc, weight_desc, out_desc = map(_described, self._described, (x, weight, out))
         bias_address = (x if bias is None else bias).data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)
         self._run(x_desc, weight_desc, bias_address, out_desc, *self._numbers, stream=stream)
-
-    @functools.cached_property
-    def _run(self):
-        """Asks for the GPU, which compiling does not need."""
-        return self.compiled[self._grid]
 
 
 def _described(descriptor: TensorDescriptor, tensor: torch.Tensor) -> TensorDescriptor:
@@ -276,14 +255,53 @@ class _StandIn(NamedTuple):
 def linear_gelu_for(
     rows: int, in_features: int, out_features: int, dtype: torch.dtype, has_bias: bool, device: torch.device
 ) -> LinearGelu | None:
-    """The kernel for such a call; None where two are faster, or, logged, where Triton cannot compile it."""
-    if cdiv(rows, _PANEL) * cdiv(out_features, _TILE) < _WAVES * multiprocessors_of(device):
+    """The kernel for such a call; None where two are faster, or, logged, where this one cannot run."""
+    multiprocessors = multiprocessors_of(device)
+    if cdiv(rows, _PANEL) * cdiv(out_features, _TILE) < _WAVES * multiprocessors:
         return None
+    compiled = _compiled(in_features, out_features, dtype, has_bias, device)
+    if compiled is None:
+        return None
+    shares, *split = _shares(rows, out_features, multiprocessors)
+    numbers = shares, *split, *_constants(in_features, out_features, has_bias)
+    grid = min(shares, multiprocessors), 1, 1
+    return LinearGelu(compiled, _descriptors(rows, in_features, out_features, dtype), numbers, grid)
+
+
+@remembered
+def _compiled(in_features: int, out_features: int, dtype: torch.dtype, has_bias: bool, device: torch.device):
+    """The kernel for any number of rows, loaded; None, logged, where that fails."""
     try:
-        return LinearGelu(rows, in_features, out_features, dtype, has_bias, device)
+        compiled = compile_linear_gelu(in_features, out_features, dtype, has_bias)
+        compiled[(1, 1, 1)]  # loads it
     except Exception as error:
-        _logger.warning("a Linear and its GELU run in two kernels: Triton cannot compile the one (%s)", error)
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        _logger.warning("a Linear and its GELU run in two kernels: the one cannot be compiled or loaded (%s)", reason)
         return None
+    return compiled
+
+
+def compile_linear_gelu(in_features: int, out_features: int, dtype: torch.dtype, has_bias: bool):
+    """The kernel, compiled for Triton's current target. Raises what Triton raises where it cannot."""
+    x, weight, out = _descriptors(1, in_features, out_features, dtype)
+    numbers = 1, 1, 2, *_constants(in_features, out_features, has_bias)
+    return linear_gelu_kernel.warmup(x, weight, dtype, out, *numbers, grid=(1, 1, 1), num_warps=4)
+
+
+def _descriptors(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> list[TensorDescriptor]:
+    """Of x, weight and output, of no tensor yet."""
+    sizes = (rows, in_features), (out_features, in_features), (rows, out_features)
+    blocks = [_PANEL, _CHUNK], [_TILE, _CHUNK], [_PANEL, _TILE // 2]
+    layouts = [gl.NVMMASharedLayout.get_default_for(block, _GLUON[dtype]) for block in blocks]
+    return [
+        TensorDescriptor(_StandIn(dtype), list(size), [size[1], 1], block, layout)
+        for size, block, layout in zip(sizes, blocks, layouts, strict=True)
+    ]
+
+
+def _constants(in_features: int, out_features: int, has_bias: bool) -> tuple[int, ...]:
+    """What the kernel takes after the numbers that depend on the rows."""
+    return out_features, cdiv(in_features, _CHUNK), _STAGES, _REGISTERS, _LOADERS_REGISTERS, has_bias
 
 
 def _shares(rows: int, out_features: int, multiprocessors: int) -> tuple[int, int, int]:

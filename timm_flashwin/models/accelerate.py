@@ -69,32 +69,35 @@ def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
     # Collected first: a wrapper that reacts to attribute changes must not see a half-walked model.
     for name, module in list(model.named_modules()):
         stock = type(module)
-        if name in report.replaced:
-            pass
-        elif stock in _FLASH_OF:
+        if stock in _FLASH_OF:
             attention = getattr(module, "attn", None)  # blocks have one
             if attention is not None and type(attention) not in (*_FLASH_OF, *_TIMM_OF):
                 report.skipped[name] = f"its attention is a {type(attention).__name__}"
                 continue
             module.__class__ = _FLASH_OF[stock]
             report.replaced[name] = type(module).__name__
-        elif isinstance(module, tuple(_TIMM_OF)):
+        elif isinstance(module, tuple(_TIMM_OF)) and name not in report.replaced:  # as an MLP is with its block
             report.already[name] = stock.__name__
         elif isinstance(module, tuple(_FLASH_OF)):
             report.skipped[name] = f"{stock.__name__} is a subclass of timm's with a behaviour of its own"
         if type(module) in _TIMM_OF and type(getattr(module, "mlp", None)) is Mlp:
             module.mlp.__class__ = FlashMlp
             report.replaced[f"{name}.mlp".lstrip(".")] = FlashMlp.__name__
+            _set_impl(module.mlp, impl)
         if isinstance(module, (FlashAttention, FlashMlp)):
-            module.__dict__.pop("impl", None)
-            if impl != FlashAttention.impl:
-                module.impl = impl
+            _set_impl(module, impl)
     if not report.replaced and not report.already:
         raise ValueError(
             f"{type(model).__name__} holds no Swin attention of timm's to replace"
             + (f"\n{report}" if report.skipped else f"; supported are the models of {_MODULES}")
         )
     return report
+
+
+def _set_impl(module: nn.Module, impl: str) -> None:
+    module.__dict__.pop("impl", None)
+    if impl != type(module).impl:
+        module.impl = impl
 
 
 def restore(model: nn.Module) -> None:

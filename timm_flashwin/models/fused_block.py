@@ -102,7 +102,7 @@ def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
         qkv, position, is_table, biases[0] if pads else None, logit_scale, attention.num_heads,
         attention.window_size, block.shift_size, scale, trains,
     )  # fmt: skip
-    linear_gelu = not trains and has_linear_gelu(x.device, dtype, *mlp.fc1.weight.shape)
+    linear_gelu = not (trains or mlp.training) and has_linear_gelu(x.device, dtype, mlp.fc1.weight)
     plan = _Plan(
         pre_norm, geometry, save_stats, is_table, pads, (norm1.eps, norm2.eps), dtype, casts, norm_dtype, linear_gelu
     )

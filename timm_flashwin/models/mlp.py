@@ -18,7 +18,7 @@ from .dispatch import drops, is_untouched
 class FlashMlp(Mlp):
     """timm's `Mlp`, of a block on the kernels."""
 
-    impl = "auto"  # as in functional.window_attention; an instance may hold its own
+    impl = "auto"  # "reference" for timm's code always; with "triton", too, it serves where there is no kernel
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.takes_linear_gelu(x):
@@ -26,14 +26,18 @@ class FlashMlp(Mlp):
         return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
     def takes_linear_gelu(self, x: Tensor) -> bool:
-        """Whether the first Linear of `x` makes the output of the GELU: in inference, where nobody could tell."""
+        """Whether the first Linear and the GELU of `x` are one operator: in inference, where nobody could tell.
+
+        Not in training mode, also without gradients: reentrant checkpointing computes once more with them.
+        """
         return (
-            isinstance(x, Tensor)
-            and not (is_exportable() or is_scriptable())
-            and is_plain_mlp(self)
+            not self.training
+            and isinstance(x, Tensor)
             and type(self.fc1) is nn.Linear
-            and is_untouched(self.fc1)
             and linear_gelu_serves(self.impl, x, self.fc1.weight, self.fc1.bias)
+            and not (is_exportable() or is_scriptable())
+            and is_untouched(self.fc1)
+            and is_plain_mlp(self)
         )
 
 
