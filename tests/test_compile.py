@@ -55,6 +55,14 @@ def test_models_compile_whole_forward_and_backward(pair, ieee):
     assert count_operators(counter.graphs[0]) == (2, 2)
 
 
+def test_without_a_gradient_the_compiler_makes_the_bias(pair, ieee):
+    stock, flash = pair
+    counter, x = compile_in_place(flash), images()
+    with torch.no_grad():
+        assert relative_error(flash(x), stock(x)) < 1e-5
+    assert count_operators(counter.graphs[0]) == (2, 0)
+
+
 def test_v2_cr_compiles_whole_in_training_with_the_draws_of_timms_model(ieee):
     """Its bias MLP always has dropout; drop path is on, too."""
     x, outputs, gradients = images(), [], []

@@ -96,7 +96,7 @@ def window_attention(
 
     dtype, window_area = compute_dtype(qkv), window_size[0] * window_size[1]
     if _use_kernels(impl, qkv.device, dtype, head_dim, window_area):
-        save_stats = _needs_grad(*tensors) and needs_stats(window_area, head_dim, dtype)
+        save_stats = needs_grad(*tensors) and needs_stats(window_area, head_dim, dtype)
         return ops.window_attention(*tensors, num_heads, window_size, shift_size, scale, save_stats)[0]
     (qkv,), context = _under_autocast(qkv)
     with context:
@@ -140,7 +140,7 @@ def windowed_sdpa(
 
     dtype, N, head_dim = compute_dtype(q), q.shape[2], q.shape[3]
     if _use_kernels(impl, q.device, dtype, head_dim, N):
-        save_stats = _needs_grad(q, k, v, bias, logit_scale) and needs_stats(N, head_dim, dtype)
+        save_stats = needs_grad(q, k, v, bias, logit_scale) and needs_stats(N, head_dim, dtype)
         return ops.windowed_sdpa(q, k, v, bias, mask, logit_scale, scale, save_stats)[0]
     (q, k, v), context = _under_autocast(q, k, v)
     with context:
@@ -170,7 +170,9 @@ def relative_position_bias(table: Tensor, window_size: int | tuple[int, int], im
     window_size = _pair("window_size", window_size)
     _checked_table(_metadata(table), window_size)
     if _use_kernels(impl, table.device, table.dtype, None, window_size[0] * window_size[1]):
-        return ops.relative_position_bias(table, window_size)
+        # The gradient is what needs a kernel, to be summed in order. Without one a compiler calls its own code sooner.
+        if not torch.compiler.is_compiling() or needs_grad(table):
+            return ops.relative_position_bias(table, window_size)
     return reference.relative_position_bias(table, window_size)
 
 
@@ -425,7 +427,7 @@ def linear_gelu_serves(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None
     """Whether `impl` takes `ops.linear_gelu` for F.gelu(F.linear(x, weight, bias)): that is inference in half
     precision, on a GPU with a kernel for it. A compiler, too, is then asked to leave the two to it."""
     tensors = [t for t in (x, weight, bias) if t is not None]
-    if x.device.type not in _LINEAR_GELU_DEVICES or impl == "reference" or _needs_grad(*tensors) or transforms_are_on():
+    if x.device.type not in _LINEAR_GELU_DEVICES or impl == "reference" or needs_grad(*tensors) or transforms_are_on():
         return False
     if torch.compiler.is_compiling():
         if not all([type(t) in _PLAIN_WHILE_COMPILING for t in tensors]):
@@ -474,7 +476,7 @@ def _import_error() -> str | None:
     return None
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from ..functional import IMPLEMENTATIONS
 from .dispatch import FlashAttention
 from .mlp import FlashMlp
+from .patch_embed import FlashPatchProjection, is_patch_projection, patch_projection
 from .swin import FlashSwinTransformerBlock, FlashWindowAttention
 from .swin_v2 import FlashSwinTransformerV2Block, FlashSwinV2WindowAttention
 from .swin_v2_cr import FlashSwinTransformerV2CrBlock, FlashSwinV2CrWindowAttention
@@ -21,7 +22,8 @@ _FLASH_OF = {
     swin_transformer_v2_cr.WindowMultiHeadAttention: FlashSwinV2CrWindowAttention,
     swin_transformer_v2_cr.SwinTransformerV2CrBlock: FlashSwinTransformerV2CrBlock,
 }
-_TIMM_OF = {flash: stock for stock, flash in _FLASH_OF.items()} | {FlashMlp: Mlp}  # an MLP only inside of a block
+# An MLP only inside of a block, a convolution only as the patch projection of a model.
+_TIMM_OF = {flash: stock for stock, flash in _FLASH_OF.items()} | {FlashMlp: Mlp, FlashPatchProjection: nn.Conv2d}
 _MODULES = ", ".join(dict.fromkeys(stock.__module__ for stock in _FLASH_OF))
 
 
@@ -45,6 +47,8 @@ class AccelerateReport:
 
 def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
     """Put every timm Swin attention in `model` on the kernels, with the block around it, in place.
+
+    The patch embedding of a whole model becomes a Linear in inference.
 
     The modules change their class and nothing else: parameters, buffers, hooks, device, training mode and
     gradient-checkpointing flags are untouched, and the state dict keeps its keys. Subclasses of timm's modules are left
@@ -84,13 +88,19 @@ def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
             module.mlp.__class__ = FlashMlp
             report.replaced[f"{name}.mlp".lstrip(".")] = FlashMlp.__name__
             _set_impl(module.mlp, impl)
-        if isinstance(module, (FlashAttention, FlashMlp)):
+        if isinstance(module, (FlashAttention, FlashMlp, FlashPatchProjection)):
             _set_impl(module, impl)
     if not report.replaced and not report.already:
         raise ValueError(
             f"{type(model).__name__} holds no Swin attention of timm's to replace"
             + (f"\n{report}" if report.skipped else f"; supported are the models of {_MODULES}")
         )
+    for name, module in model.named_modules():
+        projection = patch_projection(module)
+        if type(projection) is nn.Conv2d and is_patch_projection(projection):
+            projection.__class__ = FlashPatchProjection
+            report.replaced[f"{name}.patch_embed.proj".lstrip(".")] = FlashPatchProjection.__name__
+            _set_impl(projection, impl)
     return report
 
 

@@ -1,0 +1,168 @@
+"""The patch embedding as a Linear: the convolution's numbers, channels last, and in inference alone."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from judge import relative_error
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import timm_flashwin
+from timm_flashwin.models.patch_embed import FlashPatchProjection, is_patch_projection, patch_linear
+
+HALVES = [torch.float16, torch.bfloat16]
+NAMES = ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"]
+SMALL = dict(img_size=64, embed_dim=32, num_heads=(1, 2, 4, 8), depths=(2, 2, 2, 2), num_classes=7)
+
+
+def make_projection(patch=4, bias=True, channels=3):
+    return nn.Conv2d(channels, 24, patch, stride=patch, bias=bias).eval()
+
+
+def make_pair(name, device="cpu", **options):
+    stock = timm.create_model(name, **SMALL, **options).eval().to(device)
+    ours = copy.deepcopy(stock)
+    return stock, ours, timm_flashwin.accelerate(ours)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("patch", [4, 2, (2, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 24, 36), (1, 3, 27, 38), (3, 3, 4, 4), (0, 3, 24, 24)])
+def test_output_and_gradients_are_the_convolutions(shape, patch, bias):
+    projection = make_projection(patch, bias).double()
+    x = torch.randn(shape, dtype=torch.double, requires_grad=True)
+    ours, theirs = patch_linear(projection, x), projection(x)
+    torch.testing.assert_close(ours, theirs)
+    do = torch.randn_like(theirs)
+    inputs = [x, *projection.parameters()]
+    for our, their in zip(*(torch.autograd.grad(out, inputs, do) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(our, their)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_map_lies_channels_last_whatever_the_images(layout):
+    out = patch_linear(make_projection(), torch.randn(2, 3, 16, 24).to(memory_format=layout))
+    assert out.shape == (2, 24, 4, 6) and out.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_autocast_has_its_dtype():
+    projection, x = make_projection(), torch.randn(2, 3, 16, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = patch_linear(projection, x), projection(x)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert relative_error(ours, projection(x)) < 1.1 * relative_error(theirs, projection(x))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(stride=2), dict(padding=1), dict(padding="same"), dict(dilation=2), dict(groups=3), dict(kernel_size=3)],
+)
+def test_another_convolution_is_no_patch_projection(options):
+    options = dict(kernel_size=4, stride=1 if options.get("padding") == "same" else 4) | options
+    assert is_patch_projection(nn.Conv2d(3, 24, kernel_size=4, stride=4, padding="valid"))
+    assert not is_patch_projection(nn.Conv2d(3, 24, **options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accelerate_takes_the_projection_of_a_model_and_restore_gives_it_back(name):
+    stock, ours, report = make_pair(name)
+    assert report.replaced["patch_embed.proj"] == "FlashPatchProjection"
+    assert type(ours.patch_embed.proj) is FlashPatchProjection
+    assert timm_flashwin.accelerate(ours, impl="reference").already["patch_embed.proj"] == "FlashPatchProjection"
+    assert ours.patch_embed.proj.impl == "reference"
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    timm_flashwin.restore(ours)
+    assert type(ours.patch_embed.proj) is nn.Conv2d and "impl" not in ours.patch_embed.proj.__dict__
+
+
+def test_convolutions_of_others_stay():
+    swin = timm.create_model(NAMES[0], **SMALL)
+    vit = VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=1, num_heads=1)
+    both = nn.ModuleDict(dict(swin=swin, vit=vit, conv=make_projection()))
+    timm_flashwin.accelerate(both)
+    assert type(swin.patch_embed.proj) is FlashPatchProjection
+    assert type(vit.patch_embed.proj) is type(both["conv"]) is nn.Conv2d
+    swin.set_input_size(patch_size=2)  # timm makes a new one
+    assert type(swin.patch_embed.proj) is nn.Conv2d
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_cpu_the_convolution_runs(name):
+    stock, ours, _ = make_pair(name)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours.patch_embed(x), stock.patch_embed(x))
+
+
+def count_convolutions(function, *inputs):
+    with torch.profiler.profile() as profile:
+        out = function(*inputs)
+    return out, sum(event.name == "aten::conv2d" for event in profile.events())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", NAMES)
+def test_in_inference_no_convolution_runs_and_the_map_is_as_exact(name, dtype):
+    stock, ours, _ = make_pair(name, "cuda")
+    images = torch.randn(2, 3, 64, 64, device="cuda").to(dtype)
+    exact = copy.deepcopy(stock).to(dtype).double().patch_embed(images.double())
+    stock, ours = stock.to(dtype), ours.to(dtype)
+    with torch.no_grad():
+        (ours, convolutions), theirs = count_convolutions(ours.patch_embed, images), stock.patch_embed(images)
+    assert convolutions == 0 and ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert relative_error(ours, exact) <= 1.05 * relative_error(theirs, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", ["training", "gradients", "reference", "float32"])
+def test_the_convolution_runs_elsewhere(change):
+    stock, ours, _ = make_pair(NAMES[0], "cuda")
+    dtype = torch.float32 if change == "float32" else torch.bfloat16
+    stock, ours, x = stock.to(dtype), ours.to(dtype), torch.randn(2, 3, 64, 64, device="cuda", dtype=dtype)
+    if change == "training":
+        ours.train()
+    elif change == "reference":
+        timm_flashwin.accelerate(ours, impl="reference")
+    with torch.set_grad_enabled(change == "gradients"):
+        out, convolutions = count_convolutions(ours.patch_embed.proj, x)
+        assert convolutions == 1 and torch.equal(out, stock.patch_embed.proj(x))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_trace_holds_the_convolution_and_too_small_an_image_is_refused_by_it():
+    projection = make_pair(NAMES[0], "cuda")[1].bfloat16().patch_embed.proj
+    x = torch.randn(2, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+    assert "aten::_convolution" in str(torch.jit.trace(projection, x).graph)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        projection(x[..., :3])
+
+
+@pytest.mark.gpu
+def test_a_hook_on_the_projection_sees_the_map():
+    ours, seen = make_pair(NAMES[0], "cuda")[1].bfloat16(), []
+    ours.patch_embed.proj.register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
+    with torch.no_grad():
+        ours(torch.randn(2, 3, 64, 64, device="cuda", dtype=torch.bfloat16))
+    assert seen == [(2, 32, 16, 16)]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_it_is_one_graph_without_a_convolution(name, dynamic):
+    stock, ours, _ = make_pair(name, "cuda", strict_img_size=False)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True, dynamic=dynamic)
+    for size in ((2, 3, 64, 64), (3, 3, 64, 64), (2, 3, 96, 64))[: 3 if dynamic else 1]:
+        images = torch.randn(size, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            out, convolutions = count_convolutions(compiled, images)
+        assert convolutions == 0
+        assert relative_error(out, stock(images)) < 3e-2
+    assert counter.frame_count <= (2 if dynamic else 1)
