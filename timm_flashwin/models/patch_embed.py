@@ -7,6 +7,7 @@ import torch
 from timm.layers import PatchEmbed, is_exportable, is_scriptable
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .. import ops
@@ -38,7 +39,7 @@ class FlashPatchProjection(nn.Conv2d):
             and not needs_grad(x, *self.parameters())
             and x.dim() == 4
             and x.shape[1] == self.in_channels
-            and all([size >= patch for size, patch in zip(x.shape[2:], self.kernel_size, strict=True)])
+            and all([_is_multiple(size, patch) for size, patch in zip(x.shape[2:], self.kernel_size, strict=True)])
             and is_patch_projection(self)
             and not (is_exportable() or is_scriptable() or torch.jit.is_tracing())
         )
@@ -47,11 +48,16 @@ class FlashPatchProjection(nn.Conv2d):
 def patch_linear(projection: nn.Conv2d, x: Tensor) -> Tensor:
     """`projection(x)` of an `is_patch_projection`: from images [B, 3, H, W] to a map [B, C, h, w], channels last."""
     ph, pw = projection.kernel_size
-    h, w = x.shape[2] // ph, x.shape[3] // pw
-    x = x[..., : h * ph, : w * pw].unflatten(3, (w, pw)).unflatten(2, (h, ph)).permute(0, 2, 4, 1, 3, 5)
+    patches = x.unfold(2, ph, ph).unfold(3, pw, pw).permute(0, 2, 3, 1, 4, 5)  # B, h, w, 3, ph, pw
     # Cast by hand: in the pass that gathers, not in one more.
-    patches = x.to(ops.compute_dtype(x), memory_format=torch.contiguous_format).flatten(3)  # B, h, w, 3 * ph * pw
+    patches = patches.to(ops.compute_dtype(x), memory_format=torch.contiguous_format).flatten(3)
     return F.linear(patches, projection.weight.flatten(1), projection.bias).permute(0, 3, 1, 2)
+
+
+def _is_multiple(size: int, patch: int) -> bool:
+    """Whether whole patches cover `size`, which a compiler has to know: with images of any size PyTorch's guards on the
+    map, from its size in patches, take it minutes."""
+    return statically_known_true(size % patch == 0)
 
 
 def patch_projection(model: nn.Module) -> nn.Conv2d | None:
