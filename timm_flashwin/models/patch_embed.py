@@ -35,13 +35,14 @@ class FlashPatchProjection(nn.Conv2d):
             and self.impl != "reference"
             and isinstance(x, Tensor)
             and x.is_cuda
+            and not torch.jit.is_tracing()  # where sizes are tensors
             and ops.compute_dtype(x) in (torch.float16, torch.bfloat16)
             and not needs_grad(x, *self.parameters())
             and x.dim() == 4
             and x.shape[1] == self.in_channels
             and all([_is_multiple(size, patch) for size, patch in zip(x.shape[2:], self.kernel_size, strict=True)])
             and is_patch_projection(self)
-            and not (is_exportable() or is_scriptable() or torch.jit.is_tracing())
+            and not (is_exportable() or is_scriptable())
         )
 
 
