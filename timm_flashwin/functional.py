@@ -423,17 +423,23 @@ def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def infers_plainly(impl: str, *tensors: Tensor | None) -> bool:
+    """Whether nobody could tell by which operators a result of `tensors` is made: `impl` allows for others than timm's,
+    nothing needs a gradient, and no transform, mode, trace or tensor subclass is under way."""
+    given = [t for t in tensors if t is not None]
+    if impl == "reference" or needs_grad(*given) or transforms_are_on():
+        return False
+    if torch.compiler.is_compiling():
+        return all([type(t) in _PLAIN_WHILE_COMPILING for t in given])
+    return not ops.is_intercepted(given)
+
+
 def linear_gelu_serves(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `impl` takes `ops.linear_gelu` for F.gelu(F.linear(x, weight, bias)): that is inference in half
     precision, on a GPU with a kernel for it. A compiler, too, is then asked to leave the two to it."""
+    if x.device.type not in _LINEAR_GELU_DEVICES or not infers_plainly(impl, x, weight, bias):
+        return False
     tensors = [t for t in (x, weight, bias) if t is not None]
-    if x.device.type not in _LINEAR_GELU_DEVICES or impl == "reference" or needs_grad(*tensors) or transforms_are_on():
-        return False
-    if torch.compiler.is_compiling():
-        if not all([type(t) in _PLAIN_WHILE_COMPILING for t in tensors]):
-            return False
-    elif ops.is_intercepted(tensors):
-        return False
     dtype = compute_dtype(x)
     casts = ops.autocast_dtype(x.device.type) == dtype
     return all(

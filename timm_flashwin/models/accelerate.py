@@ -97,11 +97,15 @@ def accelerate(model: nn.Module, impl: str = "auto") -> AccelerateReport:
         )
     for name, module in model.named_modules():
         projection = patch_projection(module)
-        if type(projection) is nn.Conv2d and is_patch_projection(projection):
+        if type(projection) is nn.Conv2d and is_patch_projection(projection) and _holds_accelerated(module):
             projection.__class__ = FlashPatchProjection
             report.replaced[f"{name}.patch_embed.proj".lstrip(".")] = FlashPatchProjection.__name__
             _set_impl(projection, impl)
     return report
+
+
+def _holds_accelerated(module: nn.Module) -> bool:
+    return any(type(part) in _TIMM_OF for part in module.modules())
 
 
 def _set_impl(module: nn.Module, impl: str) -> None:

@@ -5,19 +5,16 @@ As a Linear it writes the map channels last, as all that follows reads it, and i
 
 import torch
 from timm.layers import PatchEmbed, is_exportable, is_scriptable
-from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
+from timm.models import swin_transformer_v2_cr
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .. import ops
-from ..functional import needs_grad
+from ..functional import infers_plainly
 
-_MODELS = (
-    swin_transformer.SwinTransformer,
-    swin_transformer_v2.SwinTransformerV2,
-    swin_transformer_v2_cr.SwinTransformerV2Cr,
-)
+_DEVICES = ("cuda",)
+_COMPILER_TELLS_SIZES = torch.__version__ >= (2, 11)  # 2.6's cannot be asked
 
 
 class FlashPatchProjection(nn.Conv2d):
@@ -26,33 +23,38 @@ class FlashPatchProjection(nn.Conv2d):
     impl = "auto"  # "reference" for the convolution always; with "triton", too, it serves where a Linear would not do
 
     def forward(self, x: Tensor) -> Tensor:
-        return patch_linear(self, x) if self.takes_linear(x) else super().forward(x)
+        weight, bias = self.weight, self.bias  # read once: a parametrization makes them anew
+        if self._takes_linear(x, weight, bias):
+            return patch_linear(x, weight, bias)
+        return self._conv_forward(x, weight, bias)
 
-    def takes_linear(self, x: Tensor) -> bool:
+    def _takes_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the patches of the images `x` go through a Linear: in inference in half precision on a GPU."""
         return (
             not self.training
-            and self.impl != "reference"
             and isinstance(x, Tensor)
-            and x.is_cuda
-            and not torch.jit.is_tracing()  # where sizes are tensors
+            and x.device.type in _DEVICES
+            and infers_plainly(self.impl, x, weight, bias)
+            and x.is_floating_point()
             and ops.compute_dtype(x) in (torch.float16, torch.bfloat16)
-            and not needs_grad(x, *self.parameters())
             and x.dim() == 4
             and x.shape[1] == self.in_channels
-            and all([_is_multiple(size, patch) for size, patch in zip(x.shape[2:], self.kernel_size, strict=True)])
+            and weight.shape == (self.out_channels, self.in_channels, *self.kernel_size)
             and is_patch_projection(self)
+            and (_COMPILER_TELLS_SIZES or not torch.compiler.is_compiling())
+            and all([_is_multiple(size, patch) for size, patch in zip(x.shape[2:], self.kernel_size, strict=True)])
             and not (is_exportable() or is_scriptable())
         )
 
 
-def patch_linear(projection: nn.Conv2d, x: Tensor) -> Tensor:
-    """`projection(x)` of an `is_patch_projection`: from images [B, 3, H, W] to a map [B, C, h, w], channels last."""
-    ph, pw = projection.kernel_size
+def patch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv2d(x, weight, bias, stride=(ph, pw)): images [B, 3, H, W], `weight` [C, 3, ph, pw]; [B, C, h, w], channels
+    last."""
+    ph, pw = weight.shape[2:]
     patches = x.unfold(2, ph, ph).unfold(3, pw, pw).permute(0, 2, 3, 1, 4, 5)  # B, h, w, 3, ph, pw
     # Cast by hand: in the pass that gathers, not in one more.
     patches = patches.to(ops.compute_dtype(x), memory_format=torch.contiguous_format).flatten(3)
-    return F.linear(patches, projection.weight.flatten(1), projection.bias).permute(0, 3, 1, 2)
+    return F.linear(patches, weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def _is_multiple(size: int, patch: int) -> bool:
@@ -61,20 +63,17 @@ def _is_multiple(size: int, patch: int) -> bool:
     return statically_known_true(size % patch == 0)
 
 
-def patch_projection(model: nn.Module) -> nn.Conv2d | None:
-    """The patch projection of one of timm's Swin models, where it has timm's; None of anything else."""
-    embedding = getattr(model, "patch_embed", None) if isinstance(model, _MODELS) else None
-    if type(embedding) not in (PatchEmbed, swin_transformer_v2_cr.PatchEmbed):
-        return None
-    return embedding.proj if isinstance(embedding.proj, nn.Conv2d) else None
+def patch_projection(module: nn.Module) -> nn.Conv2d | None:
+    """The patch projection of `module`, where it has timm's patch embedding: a convolution or what has its place."""
+    embedding = getattr(module, "patch_embed", None)
+    return embedding.proj if type(embedding) in (PatchEmbed, swin_transformer_v2_cr.PatchEmbed) else None
 
 
 def is_patch_projection(convolution: nn.Conv2d) -> bool:
-    """Whether each of its outputs sees one patch, no two the same pixel, and its weights are tensors like others."""
+    """Whether each of its outputs sees one patch, and no two the same pixel."""
     return (
         tuple(convolution.stride) == tuple(convolution.kernel_size)
         and convolution.padding in (0, (0, 0), "valid")
         and tuple(convolution.dilation) == (1, 1)
         and convolution.groups == 1
-        and type(convolution.weight) in (Tensor, nn.Parameter)
     )
