@@ -9,7 +9,8 @@ from judge import relative_error
 from pairs import blocks, compare, make_pair
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from timm_flashwin import accelerate, window_attention
+from timm_flashwin import accelerate, functional, window_attention
+from timm_flashwin.models import dispatch
 
 FAMILIES = {
     "V1": "swin_tiny_patch4_window7_224",
@@ -55,12 +56,18 @@ def test_models_compile_whole_forward_and_backward(pair, ieee):
     assert count_operators(counter.graphs[0]) == (2, 2)
 
 
-def test_without_a_gradient_the_compiler_makes_the_bias(pair, ieee):
+@pytest.mark.parametrize("impl, operators", [("auto", (2, 0)), ("triton", (2, 2))])
+def test_without_a_gradient_the_compiler_makes_the_bias_unless_triton_is_asked_for(
+    impl, operators, pair, ieee, monkeypatch
+):
+    for module in (functional, dispatch):  # "auto" takes the interpreter, too
+        monkeypatch.setattr(module, "fallback_reason", functional.refusal)
     stock, flash = pair
+    accelerate(flash, impl=impl)
     counter, x = compile_in_place(flash), images()
     with torch.no_grad():
         assert relative_error(flash(x), stock(x)) < 1e-5
-    assert count_operators(counter.graphs[0]) == (2, 0)
+    assert count_operators(counter.graphs[0]) == operators
 
 
 def test_v2_cr_compiles_whole_in_training_with_the_draws_of_timms_model(ieee):

@@ -1,17 +1,20 @@
 """The patch embedding as a Linear: the convolution's numbers, channels last, and in inference alone."""
 
 import copy
+import re
 
 import pytest
 import timm
 import torch
 from conftest import KERNEL_DEVICE
 from judge import relative_error
+from pairs import make_pair
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import timm_flashwin
+from timm_flashwin import functional
 from timm_flashwin.models import patch_embed
 from timm_flashwin.models.patch_embed import FlashPatchProjection, is_patch_projection, patch_linear
 
@@ -20,14 +23,17 @@ NAMES = ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_t
 SMALL = dict(img_size=64, embed_dim=32, num_heads=(1,), depths=(1,), num_classes=7)
 
 
-def make_projection(patch=4, bias=True, channels=3):
-    return nn.Conv2d(channels, 24, patch, stride=patch, bias=bias).eval()
+def make_projection(patch=4, bias=True):
+    return nn.Conv2d(3, 24, patch, stride=patch, bias=bias).eval()
 
 
-def make_pair(name, device="cpu", **options):
-    stock = timm.create_model(name, **SMALL, **options).eval().to(device)
-    ours = copy.deepcopy(stock)
-    return stock, ours, timm_flashwin.accelerate(ours)
+def make_models(name=NAMES[0], dtype=torch.float32, **options):
+    """timm's and ours, for inference."""
+    return [model.eval().to(dtype) for model in make_pair(name, **SMALL, **options)]
+
+
+def make_our_projection():
+    return make_models(dtype=torch.bfloat16)[1].patch_embed.proj
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -72,7 +78,8 @@ def test_another_convolution_is_no_patch_projection(options):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_accelerate_takes_the_projection_of_a_model_and_restore_gives_it_back(name):
-    stock, ours, report = make_pair(name)
+    stock, ours = timm.create_model(name, **SMALL), timm.create_model(name, **SMALL)
+    report = timm_flashwin.accelerate(ours)
     assert report.replaced["patch_embed.proj"] == "FlashPatchProjection"
     assert type(ours.patch_embed.proj) is FlashPatchProjection
     assert timm_flashwin.accelerate(ours, impl="reference").already["patch_embed.proj"] == "FlashPatchProjection"
@@ -97,15 +104,15 @@ def test_convolutions_of_others_stay_and_those_of_swins_features_do_not():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_cpu_the_convolution_runs(name):
-    stock, ours, _ = make_pair(name)
-    stock, ours, x = stock.eval().bfloat16(), ours.bfloat16(), torch.randn(2, 3, 64, 64).bfloat16()
+    stock, ours = [model.cpu() for model in make_models(name, torch.bfloat16)]
+    x = torch.randn(2, 3, 64, 64).bfloat16()
     assert torch.equal(ours.patch_embed(x), stock.patch_embed(x))
 
 
 @pytest.fixture
 def on_any_device(monkeypatch):
     """The Linear also serves on a CPU."""
-    monkeypatch.setattr(patch_embed, "_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(functional, "_INFERENCE_DEVICES", ("cuda", "cpu"))
 
 
 def count_convolutions(function, *inputs):
@@ -122,10 +129,8 @@ def make_images(*size, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", NAMES)
 def test_in_inference_no_convolution_runs_and_the_map_is_as_exact(name, dtype, on_any_device):
-    stock, ours, _ = make_pair(name, KERNEL_DEVICE)
-    images = make_images(dtype=dtype)
-    exact = copy.deepcopy(stock).to(dtype).double().patch_embed(images.double())
-    stock, ours = stock.to(dtype), ours.to(dtype)
+    (stock, ours), images = make_models(name, dtype), make_images(dtype=dtype)
+    exact = copy.deepcopy(stock).double().patch_embed(images.double())
     (ours, convolutions), theirs = count_convolutions(ours.patch_embed, images), stock.patch_embed(images)
     assert convolutions == 0 and ours.shape == theirs.shape and ours.dtype == theirs.dtype
     assert relative_error(ours, exact) <= 1.05 * relative_error(theirs, exact)
@@ -151,7 +156,7 @@ CHANGES = {
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
 def test_elsewhere_the_convolution_runs(change, on_any_device):
-    projection = make_pair(NAMES[0], KERNEL_DEVICE)[1].bfloat16().patch_embed.proj
+    projection = make_our_projection()
     _, x = CHANGES[change](projection, make_images())
     out, convolutions = count_convolutions(projection, x)
     stock = copy.deepcopy(projection)
@@ -160,14 +165,14 @@ def test_elsewhere_the_convolution_runs(change, on_any_device):
 
 
 def test_with_gradients_the_convolution_runs(on_any_device):
-    projection = make_pair(NAMES[0], KERNEL_DEVICE)[1].bfloat16().patch_embed.proj
+    projection = make_our_projection()
     out, convolutions = count_convolutions(projection, make_images())
     assert convolutions == 1 and out.requires_grad
 
 
 @torch.no_grad()
 def test_under_a_transform_the_convolution_runs(on_any_device):
-    projection = make_pair(NAMES[0], KERNEL_DEVICE)[1].bfloat16().patch_embed.proj
+    projection = make_our_projection()
     x, stock = make_images(2, 1, 3, 64, 64), nn.Conv2d(3, 32, 4, 4).to(KERNEL_DEVICE).bfloat16()
     stock.load_state_dict(projection.state_dict())
     assert torch.equal(torch.func.vmap(projection)(x), torch.func.vmap(stock)(x))
@@ -177,12 +182,11 @@ def test_under_a_transform_the_convolution_runs(on_any_device):
 @pytest.mark.parametrize("size", [(1, 3, 64, 3), (3, 64, 64), (1, 4, 64, 64)])
 def test_what_the_convolution_refuses_or_takes_is_its_affair(size, on_any_device):
     images = make_images(*size)
-    stock, ours, _ = make_pair(NAMES[0], KERNEL_DEVICE)
-    stock, ours = stock.bfloat16().patch_embed.proj, ours.bfloat16().patch_embed.proj
+    stock, ours = [model.patch_embed.proj for model in make_models(dtype=torch.bfloat16)]
     try:
         expected = stock(images)
     except RuntimeError as error:
-        with pytest.raises(RuntimeError, match=str(error)[:20].replace("(", ".")):
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:20])):
             ours(images)
     else:
         assert torch.equal(ours(images), expected)
@@ -190,20 +194,20 @@ def test_what_the_convolution_refuses_or_takes_is_its_affair(size, on_any_device
 
 @torch.no_grad()
 def test_images_of_integers_are_refused_under_autocast_too(on_any_device):
-    ours = make_pair(NAMES[0], KERNEL_DEVICE)[1]
+    ours = make_models()[1]
     with torch.autocast(KERNEL_DEVICE, torch.bfloat16), pytest.raises(RuntimeError, match="type"):
         ours(torch.ones(2, 3, 64, 64, device=KERNEL_DEVICE, dtype=torch.uint8))
 
 
 @torch.no_grad()
 def test_a_trace_holds_the_convolution(on_any_device):
-    projection = make_pair(NAMES[0], KERNEL_DEVICE)[1].bfloat16().patch_embed.proj
+    projection = make_our_projection()
     assert "aten::_convolution" in str(torch.jit.trace(projection, make_images()).graph)
 
 
 @torch.no_grad()
 def test_a_hook_on_the_projection_sees_the_map(on_any_device):
-    ours, seen = make_pair(NAMES[0], KERNEL_DEVICE)[1].bfloat16(), []
+    ours, seen = make_models(dtype=torch.bfloat16)[1], []
     ours.patch_embed.proj.register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
     ours(make_images())
     assert seen == [(2, 32, 16, 16)]
@@ -212,7 +216,7 @@ def test_a_hook_on_the_projection_sees_the_map(on_any_device):
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_it_is_one_graph_without_a_convolution(name, on_any_device):
-    stock, ours, _ = make_pair(name, KERNEL_DEVICE)
+    stock, ours = make_models(name)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
@@ -229,7 +233,7 @@ def test_compiled_it_is_one_graph_without_a_convolution(name, on_any_device):
 @pytest.mark.parametrize("name", NAMES[:2])  # V2-CR's alone, timm's too, takes a minute
 def test_compiled_for_images_of_any_size_it_makes_no_more_graphs_than_timms(name, on_any_device):
     counts = []
-    for model in make_pair(name, KERNEL_DEVICE, strict_img_size=False)[:2]:
+    for model in make_models(name, strict_img_size=False):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -243,8 +247,8 @@ def test_compiled_for_images_of_any_size_it_makes_no_more_graphs_than_timms(name
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_program_holds_no_convolution(strict, on_any_device):
-    ours = make_pair(NAMES[0], KERNEL_DEVICE)[1].bfloat16()
-    program = torch.export.export(ours.patch_embed.proj, (make_images(),), strict=strict)
+    projection, images = make_our_projection(), make_images()
+    program = torch.export.export(projection, (images,), strict=strict)
     holds = any("conv2d" in str(node.target) for node in program.graph.nodes)
     assert holds != patch_embed._COMPILER_TELLS_SIZES
-    assert torch.equal(program.module()(make_images()[:2] * 0), ours.patch_embed.proj(make_images()[:2] * 0))
+    assert torch.equal(program.module()(images), projection(images))

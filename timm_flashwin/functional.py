@@ -31,9 +31,10 @@ def _constant(function):
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 MAX_WINDOW_AREA = 24 * 24
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 128
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HALVES = (torch.float16, torch.bfloat16)
+_KERNEL_DTYPES = (torch.float32, *_HALVES)
 _DTYPES = (*_KERNEL_DTYPES, torch.float64)
-_LINEAR_GELU_DEVICES = ("cuda",)
+_INFERENCE_DEVICES = ("cuda",)  # where inference has operators of its own
 # A compiler would hand any other to an operator that knows nothing of it.
 _PLAIN_WHILE_COMPILING = (Tensor, torch.nn.Parameter, FakeTensor)
 _TABLE_LAYOUT = "[(2 * Wh - 1) * (2 * Ww - 1), num_heads]"
@@ -158,7 +159,7 @@ def relative_position_bias(table: Tensor, window_size: int | tuple[int, int], im
         table: [(2 * Wh - 1) * (2 * Ww - 1), num_heads], any float dtype: the row of the distance (dy, dx) = i - j is
             (dy + Wh - 1) * (2 * Ww - 1) + dx + Ww - 1.
         window_size: (Wh, Ww) in tokens, or one int for both.
-        impl: As in `window_attention`.
+        impl: As in `window_attention`; with "auto" a compiler gathers by itself where no gradient is needed.
 
     Returns:
         [num_heads, N, N] with N = Wh * Ww, contiguous, in the dtype of `table`: `bias` as the functions above take it.
@@ -171,7 +172,7 @@ def relative_position_bias(table: Tensor, window_size: int | tuple[int, int], im
     _checked_table(_metadata(table), window_size)
     if _use_kernels(impl, table.device, table.dtype, None, window_size[0] * window_size[1]):
         # The gradient is what needs a kernel, to be summed in order. Without one a compiler calls its own code sooner.
-        if not torch.compiler.is_compiling() or needs_grad(table):
+        if impl == "triton" or needs_grad(table) or not torch.compiler.is_compiling():
             return ops.relative_position_bias(table, window_size)
     return reference.relative_position_bias(table, window_size)
 
@@ -423,11 +424,14 @@ def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def infers_plainly(impl: str, *tensors: Tensor | None) -> bool:
-    """Whether nobody could tell by which operators a result of `tensors` is made: `impl` allows for others than timm's,
-    nothing needs a gradient, and no transform, mode, trace or tensor subclass is under way."""
-    given = [t for t in tensors if t is not None]
-    if impl == "reference" or needs_grad(*given) or transforms_are_on():
+def infers_plainly(impl: str, x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a result of `x` is inference in half precision on a GPU, and nobody could tell by which operators it is
+    made: `impl` allows for others than timm's, nothing needs a gradient, and no transform, mode, trace or tensor
+    subclass is under way."""
+    given = [x, *[t for t in parameters if t is not None]]
+    if x.device.type not in _INFERENCE_DEVICES or impl == "reference" or needs_grad(*given) or transforms_are_on():
+        return False
+    if compute_dtype(x) not in _HALVES or not all([t.is_floating_point() for t in given]):
         return False
     if torch.compiler.is_compiling():
         return all([type(t) in _PLAIN_WHILE_COMPILING for t in given])
@@ -435,16 +439,18 @@ def infers_plainly(impl: str, *tensors: Tensor | None) -> bool:
 
 
 def linear_gelu_serves(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `impl` takes `ops.linear_gelu` for F.gelu(F.linear(x, weight, bias)): that is inference in half
-    precision, on a GPU with a kernel for it. A compiler, too, is then asked to leave the two to it."""
-    if x.device.type not in _LINEAR_GELU_DEVICES or not infers_plainly(impl, x, weight, bias):
+    """Whether `impl` takes `ops.linear_gelu` for F.gelu(F.linear(x, weight, bias)): where it infers plainly, on a GPU
+    with a kernel for it. A compiler, too, is then asked to leave the two to it."""
+    if not infers_plainly(impl, x, weight, bias):
         return False
-    tensors = [t for t in (x, weight, bias) if t is not None]
     dtype = compute_dtype(x)
     casts = ops.autocast_dtype(x.device.type) == dtype
-    return all(
-        [t.device == x.device and t.dtype != torch.float64 and (casts or t.dtype == dtype) for t in tensors]
-    ) and (has_linear_gelu(x.device, dtype, weight))
+    fits = [
+        t.device == x.device and t.dtype != torch.float64 and (casts or t.dtype == dtype)
+        for t in (x, weight, bias)
+        if t is not None
+    ]
+    return all(fits) and has_linear_gelu(x.device, dtype, weight)
 
 
 def has_linear_gelu(device: torch.device, dtype: torch.dtype, weight: Tensor) -> bool:
