@@ -23,7 +23,7 @@ def make_input(size=EVEN, batch=2):
 
 def call_modules(monkeypatch):
     """From here on blocks call their modules."""
-    monkeypatch.setattr(fused_block, "_is_plain_block", lambda block: False)
+    monkeypatch.setattr(fused_block, "_reading", lambda *_: None)
 
 
 def gradients(block, x, autocast=False, dout=None):
@@ -133,9 +133,12 @@ LEFT_ALONE = {
 }
 
 
+@pytest.mark.parametrize("used_before", [False, True])
 @pytest.mark.parametrize("change", LEFT_ALONE.values(), ids=LEFT_ALONE)
-def test_modules_that_somebody_could_miss_are_called(change, monkeypatch):
+def test_modules_that_somebody_could_miss_are_called(change, used_before, monkeypatch):
     _, flash = make_blocks("v1")
+    if used_before:
+        assert type(flash(make_input()).grad_fn) is fused_block._FusedBlock._backward_cls
     change(flash)
     flash.to(KERNEL_DEVICE)
     monkeypatch.setattr(fused_block, "_FusedBlock", None)

@@ -96,7 +96,7 @@ CHANGES_OF_V1 = {
 }
 
 
-def make_blocks(family, size=EVEN, change=lambda block: None):
+def make_blocks(family, size=EVEN, change=lambda block: None, used_before=False):
     torch.manual_seed(3)
     stock = FAMILIES[family](dynamic_mask=size != EVEN)  # else timm makes the mask for the size it is told
     stock.to(KERNEL_DEVICE).eval()  # V2-CR's position MLP has a dropout
@@ -107,6 +107,8 @@ def make_blocks(family, size=EVEN, change=lambda block: None):
             make_attention_count(stock)
     flash = copy.deepcopy(stock)
     timm_flashwin.accelerate(flash, impl="auto" if KERNEL_DEVICE == "cuda" else "triton")
+    if used_before:
+        flash(torch.randn(2, *size, C, device=KERNEL_DEVICE))
     for block in (stock, flash):
         torch.manual_seed(4)
         change(block)
@@ -118,12 +120,13 @@ def refuse_nothing(flash):
     flash.attn.__dict__.pop("impl", None)
 
 
+@pytest.mark.parametrize("used_before", [False, True])
 @pytest.mark.parametrize("size", [EVEN, PADDED])
 @pytest.mark.parametrize(
     "family, name", [*itertools.product(FAMILIES, CHANGES), *itertools.product(["v1"], CHANGES_OF_V1)]
 )
-def test_a_change_acts_as_in_timm(family, name, size, ieee):
-    stock, flash = make_blocks(family, size, (CHANGES | CHANGES_OF_V1)[name])
+def test_a_change_acts_as_in_timm(family, name, size, used_before, ieee):
+    stock, flash = make_blocks(family, size, (CHANGES | CHANGES_OF_V1)[name], used_before)
     x = torch.randn(2, *size, C, device=KERNEL_DEVICE)
     try:
         flash(x)

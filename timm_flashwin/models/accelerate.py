@@ -8,6 +8,7 @@ from torch import nn
 
 from ..functional import IMPLEMENTATIONS
 from .dispatch import FlashAttention
+from .fused_block import forget
 from .mlp import FlashMlp
 from .patch_embed import FlashPatchProjection, is_patch_projection, patch_projection
 from .swin import FlashSwinTransformerBlock, FlashWindowAttention
@@ -129,4 +130,5 @@ def restore(model: nn.Module) -> None:
         raise ValueError(f"modules became {', '.join(sorted(changed))} after accelerate(); undo that before restore()")
     for module in accelerated:
         module.__dict__.pop("impl", None)
+        forget(module)
         module.__class__ = _TIMM_OF[type(module)]

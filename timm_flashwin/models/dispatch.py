@@ -16,9 +16,9 @@ _GLOBAL_HOOKS = [
 class FlashAttention:
     """Mixed in before a window attention of timm's: it has that one's state, and this forward.
 
-    A family says what its `head_dim` is, its `scales`, the table of its relative position bias (`position_table`) or,
-    where that is None, timm's bias itself (`timms_position_bias`), and which modules timm's code passes the attention
-    weights through (`_weight_modules`).
+    A family says what its `head_dim` is, its `scales`, what makes the table of its relative position bias
+    (`table_source`) or, where that is None, timm's bias itself (`timms_position_bias`), and which modules timm's code
+    passes the attention weights through (`_weight_modules`).
     """
 
     impl = "auto"  # as in functional.window_attention; an instance may hold its own
@@ -89,10 +89,10 @@ class FlashAttention:
 
     def position_bias(self) -> Tensor:
         """[num_heads, N, N]."""
-        table = self.position_table()
+        table = self.table_source()
         if table is None:
             return self.timms_position_bias()
-        return relative_position_bias(table, self.window_size, self.impl)
+        return relative_position_bias(table(), self.window_size, self.impl)
 
     def _project(self, x: Tensor) -> Tensor:
         return self.qkv(x)

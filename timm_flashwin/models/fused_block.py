@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from timm.layers import is_exportable, is_scriptable
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.nn import functional as F
@@ -18,7 +19,8 @@ from .. import ops
 from ..functional import has_linear_gelu, map_options
 from .dispatch import FlashAttention, drops, is_untouched
 from .mlp import is_plain_mlp
-from .norms import handed_on, sample_scale
+from .norms import fuses_norms, handed_on, sample_scale
+from .snapshot import Snapshot
 
 
 class _Tensors(NamedTuple):
@@ -63,52 +65,137 @@ class _Plan(NamedTuple):
     linear_gelu: bool  # whether the first Linear of the MLP makes the output of the GELU, and nothing else is kept
 
 
+class _Reading(NamedTuple):
+    """What was found out about a block, for maps alike; it holds until the block is touched."""
+
+    attention: FlashAttention
+    drop_paths: tuple[nn.Module, nn.Module]
+    norms: tuple[Tensor, Tensor, Tensor, Tensor]  # weight and bias of the first, weight and bias of the second
+    weights: list[Tensor]  # of the Linears
+    biases: list[Tensor | None]  # of the Linears after the first, whose bias is the attention's affair
+    table: Callable[[], Tensor] | None  # of the position bias, where that is made from one
+    trains: bool
+    plans: dict  # by what is known of the position bias or its table
+
+
+class _Memory:
+    """The readings of a block, for as long as it is as it was. A copy of the block starts with none."""
+
+    def __init__(self):
+        self.readings: dict[tuple, _Reading] = {}
+        self.snapshot: Snapshot | None = None
+
+    def holds(self, block: nn.Module) -> bool:
+        return self.snapshot is not None and self.snapshot.holds(block)
+
+    def __deepcopy__(self, _) -> "_Memory":
+        return _Memory()
+
+    def __reduce__(self):
+        return _Memory, ()
+
+
+_MEMORY = "_flashwin_memory"  # a block's attribute; a dictionary of blocks elsewhere might keep them alive
+_MAX_READINGS = 64  # sizes that come up are remembered, with a bound for ever new ones
+
+
+def forget(module: nn.Module) -> None:
+    """Remove what a block remembers."""
+    module.__dict__.pop(_MEMORY, None)
+
+
 def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
-    """Both branches of `block`, whose norms are fused for the map `x` [B, H, W, C] (`norms.fuses_norms`).
+    """Both branches of `block` for the map `x` [B, H, W, C].
 
     Returns:
         [B, H, W, C]; None where the modules themselves have to be called.
     """
-    if not _is_plain_block(block):
+    if torch.compiler.is_compiling() or not is_untouched() or ops.is_intercepted([x]):
+        return None
+    reading = _reading(block, x, pre_norm)
+    if reading is None:
+        return None
+    attention, table = reading.attention, reading.table
+    position = attention.timms_position_bias() if table is None else table()
+    if not ops.is_plain(position):
+        return None
+    scale, logit_scale = attention.scales()
+    qkv_bias = attention.projection_bias()
+    known = position.shape, position.dtype, position.device
+    plan = reading.plans.get(known)
+    if plan is None:
+        plan = reading.plans[known] = _plan(block, x, pre_norm, reading, position, qkv_bias, scale, logit_scale)
+    # Drawn after what drops in the position bias, as in timm.
+    scale1, scale2 = [sample_scale(drop_path, x, plan.norm_dtype) for drop_path in reading.drop_paths]
+    tensors = _Tensors(
+        x, scale1, scale2, *reading.norms, position, logit_scale, *reading.weights, qkv_bias, *reading.biases
+    )
+    if reading.trains:
+        return _FusedBlock.apply(plan, *tensors)
+    return _forward(plan, _cast_linears(plan, tensors), keep=lambda tensor: None)
+
+
+def _reading(block: nn.Module, x: Tensor, pre_norm: bool) -> _Reading | None:
+    """`_read`, where it was not done before."""
+    alike = (
+        x.shape, x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), ops.autocast_dtype(x.device.type),
+        is_exportable(), is_scriptable(),
+    )  # fmt: skip
+    memory = block.__dict__.get(_MEMORY)
+    if memory is not None and memory.holds(block):
+        reading = memory.readings.get(alike)
+        if reading is not None:
+            return reading
+    else:
+        memory = None
+    reading = _read(block, x, pre_norm)
+    # What takes a parameter's place for one call has a history that must not be kept.
+    if reading is None or not all([type(t) is nn.Parameter for t in block.parameters()]):
+        return reading
+    if memory is None or len(memory.readings) >= _MAX_READINGS:
+        forget(block)
+        block.__dict__[_MEMORY] = memory = _Memory()
+        memory.snapshot = Snapshot(block)
+    memory.readings[alike] = reading
+    return reading
+
+
+def _read(block: nn.Module, x: Tensor, pre_norm: bool) -> _Reading | None:
+    """What `whole_block` has to know of `block`, for maps as `x`; None where its modules have to be called."""
+    if not (fuses_norms(block, x) and _is_plain_block(block)):
         return None
     attention, mlp, norm1, norm2 = block.attn, block.mlp, block.norm1, block.norm2
     modules = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
     weights = [module.weight for module in modules]
     biases = [attention.projection_bias(), *[module.bias for module in modules[1:]]]
     norms = (norm1.weight, norm1.bias, norm2.weight, norm2.bias)
-    scale, logit_scale = attention.scales()
-    dtype = ops.compute_dtype(x)
-    casts = ops.autocast_dtype(x.device.type) == dtype
+    _, logit_scale = attention.scales()
     linears = [t for t in (*weights, *biases) if t is not None]
-    if not _takes_tensors(x, linears, norms if logit_scale is None else (*norms, logit_scale), casts):
+    if not _takes_tensors(x, linears, norms if logit_scale is None else (*norms, logit_scale)):
         return None
     trains = torch.is_grad_enabled() and all([weight.requires_grad for weight in weights])
     if not trains and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         return None  # where a part is frozen, modules keep less for the backward, and may end it sooner
-    position = attention.position_table()
-    is_table = position is not None
-    if not is_table:
-        position = attention.timms_position_bias()
-    if not ops.is_plain(position):
-        return None
-    norm_dtype = dtype if pre_norm else handed_on(x, into_linear=False)
-    # Drawn after what drops in the position bias, as in timm.
-    scale1, scale2 = [sample_scale(drop_path, x, norm_dtype) for drop_path in (block.drop_path1, block.drop_path2)]
+    drop_paths = block.drop_path1, block.drop_path2
+    return _Reading(attention, drop_paths, norms, weights, biases[1:], attention.table_source(), trains, {})
 
-    tensors = _Tensors(x, scale1, scale2, *norms, position, logit_scale, *weights, *biases)
-    pads = attention.pads(x)
-    qkv = (*x.shape[:3], weights[0].shape[0]), dtype, x.device
+
+def _plan(
+    block: nn.Module, x: Tensor, pre_norm: bool, reading: _Reading, position: Tensor, qkv_bias: Tensor | None,
+    scale: float | None, logit_scale: Tensor | None,
+) -> _Plan:  # fmt: skip
+    attention, trains = reading.attention, reading.trains
+    dtype, is_table, pads = ops.compute_dtype(x), reading.table is not None, attention.pads(x)
+    qkv = (*x.shape[:3], reading.weights[0].shape[0]), dtype, x.device
     *geometry, save_stats = map_options(
-        qkv, position, is_table, biases[0] if pads else None, logit_scale, attention.num_heads,
+        qkv, position, is_table, qkv_bias if pads else None, logit_scale, attention.num_heads,
         attention.window_size, block.shift_size, scale, trains,
     )  # fmt: skip
-    linear_gelu = not (trains or mlp.training) and has_linear_gelu(x.device, dtype, mlp.fc1.weight)
-    plan = _Plan(
-        pre_norm, geometry, save_stats, is_table, pads, (norm1.eps, norm2.eps), dtype, casts, norm_dtype, linear_gelu
-    )
-    if trains:
-        return _FusedBlock.apply(plan, *tensors)
-    return _forward(plan, _cast_linears(plan, tensors), keep=lambda tensor: None)
+    return _Plan(
+        pre_norm, geometry, save_stats, is_table, pads, (block.norm1.eps, block.norm2.eps), dtype, _casts(x),
+        norm_dtype=dtype if pre_norm else handed_on(x, into_linear=False),
+        linear_gelu=not (trains or block.mlp.training) and has_linear_gelu(x.device, dtype, block.mlp.fc1.weight),
+    )  # fmt: skip
 
 
 def _is_plain_block(block: nn.Module) -> bool:
@@ -128,9 +215,14 @@ def _is_plain_block(block: nn.Module) -> bool:
     )
 
 
-def _takes_tensors(x: Tensor, linears: list[Tensor], others: tuple[Tensor, ...], casts: bool) -> bool:
+def _casts(x: Tensor) -> bool:
+    """Whether autocast asks for the dtype that `x` is worked on in."""
+    return ops.autocast_dtype(x.device.type) == ops.compute_dtype(x)
+
+
+def _takes_tensors(x: Tensor, linears: list[Tensor], others: tuple[Tensor, ...]) -> bool:
     """Whether a map, the parameters of the Linears and what else there is are such that modules would do the same."""
-    if casts:
+    if _casts(x):
         fits = all([t.is_floating_point() and t.dtype != torch.float64 for t in linears])
     else:
         dtype = x.dtype

@@ -1,5 +1,8 @@
 """The MLP of the relative position bias of the V2 family: in one launch where its modules are timm's, untouched."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,10 +11,10 @@ from ..functional import kernels_serve
 from .dispatch import is_untouched
 
 
-def position_table(
+def table_source(
     attention: nn.Module, linear1: nn.Linear, linear2: nn.Linear, others: tuple, coordinates: Tensor, bounded: bool
-) -> Tensor | None:
-    """The MLP's rows for every distance of two tokens of `attention`: [(2 * Wh - 1) * (2 * Ww - 1), num_heads].
+) -> Callable[[], Tensor] | None:
+    """What makes the MLP's rows for every distance of two tokens of `attention`.
 
     Args:
         attention: The attention the MLP belongs to.
@@ -21,8 +24,9 @@ def position_table(
         bounded: Whether 16 * sigmoid of the MLP is wanted.
 
     Returns:
-        The table in the dtype in which a Linear returns it; None where the modules themselves have to be called: for a
-        compiler, which fuses them by itself, and where somebody could tell that they are not.
+        A call for the table [(2 * Wh - 1) * (2 * Ww - 1), num_heads] in the dtype in which a Linear returns it; None
+        where the modules themselves have to be called: for a compiler, which fuses them by itself, and where somebody
+        could tell that they are not.
     """
     weight = linear1.weight
     if torch.compiler.is_compiling() or not kernels_serve(
@@ -37,7 +41,7 @@ def position_table(
         return None
     if not is_untouched(*linears, *others):
         return None
-    return ops.continuous_position_table(
-        coordinates, weight, linear1.bias, linear2.weight, linear2.bias, attention.window_size, bounded,
-        ops.compute_dtype(weight),
+    return functools.partial(
+        ops.continuous_position_table, coordinates, weight, linear1.bias, linear2.weight, linear2.bias,
+        attention.window_size, bounded, ops.compute_dtype(weight),
     )  # fmt: skip

@@ -4,6 +4,8 @@ Both classes add methods and no state to timm's, so an instance changes from one
 (`accelerate`), and every parameter, buffer, hook and flag stays where it is.
 """
 
+from collections.abc import Callable
+
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import nn
@@ -31,9 +33,11 @@ class FlashWindowAttention(FlashAttention, WindowAttention):
     def scales(self) -> tuple[float, None]:
         return self.scale, None
 
-    def position_table(self) -> torch.Tensor | None:
-        somebodys_own = "_get_rel_pos_bias" in self.__dict__
-        return None if somebodys_own else self.relative_position_bias_table
+    def table_source(self) -> Callable[[], torch.Tensor] | None:
+        if "_get_rel_pos_bias" in self.__dict__:  # somebody's own
+            return None
+        table = self.relative_position_bias_table
+        return lambda: table
 
     def timms_position_bias(self) -> torch.Tensor:
         return self._get_rel_pos_bias().squeeze(0)
@@ -54,11 +58,11 @@ class FlashSwinTransformerBlock(SwinTransformerBlock):
     norms, the residual add between them and their casts in one pass each."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not fuses_norms(self, x):
-            return super().forward(x)
         out = whole_block(self, x, pre_norm=True)
         if out is not None:
             return out
+        if not fuses_norms(self, x):
+            return super().forward(x)
         into_qkv = self.attn.qkv_is_plain() and is_untouched(self.attn)
         into_fc1 = starts_with_linear(self.mlp)
         x, *normed = add_layer_norm(

@@ -4,6 +4,8 @@ Cosine attention with a learned scale a head, and a relative position bias that 
 Transformer V2", 2022, sections 3.2 and 3.3). The classes add methods and no state, as those of V1 do.
 """
 
+from collections.abc import Callable
+
 import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttention
 from torch import nn
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from .dispatch import FlashAttention, takes_map
 from .fused_block import whole_block
 from .norms import fuses_norms, post_norm_branches
-from .position_mlp import position_table
+from .position_mlp import table_source
 
 
 class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
@@ -43,15 +45,15 @@ class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
     def scales(self) -> tuple[None, torch.Tensor]:
         return None, self.logit_scale.flatten()  # num_heads
 
-    def position_table(self) -> torch.Tensor:
+    def table_source(self) -> Callable[[], torch.Tensor]:
         """timm's bias before the gather: what is elementwise is done here, where a window has fewer elements."""
         mlp = self.cpb_mlp
         if type(mlp) is nn.Sequential and tuple(map(type, mlp)) == (nn.Linear, nn.ReLU, nn.Linear):
             coordinates = self.relative_coords_table.view(-1, 2)
-            table = position_table(self, mlp[0], mlp[2], (mlp, mlp[1]), coordinates, bounded=True)
+            table = table_source(self, mlp[0], mlp[2], (mlp, mlp[1]), coordinates, bounded=True)
             if table is not None:
                 return table
-        return 16 * torch.sigmoid(mlp(self.relative_coords_table).view(-1, self.num_heads))
+        return lambda: 16 * torch.sigmoid(mlp(self.relative_coords_table).view(-1, self.num_heads))
 
     def _weight_modules(self) -> tuple[nn.Module, ...]:
         return self.softmax, self.attn_drop
@@ -62,10 +64,12 @@ class FlashSwinTransformerV2Block(SwinTransformerV2Block):
     norm and the residual add after it in one pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = whole_block(self, x, pre_norm=False)
+        if out is not None:
+            return out
         if not fuses_norms(self, x):
             return super().forward(x)
-        out = whole_block(self, x, pre_norm=False)
-        return post_norm_branches(self, x, self._attn).view(x.shape) if out is None else out
+        return post_norm_branches(self, x, self._attn).view(x.shape)
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         if takes_map(self.attn, x):

@@ -4,6 +4,8 @@ timm's other V2 (timm/models/swin_transformer_v2_cr.py, after Christoph Reich's)
 what the MLP says, evaluated for every pair of tokens. The classes add methods and no state, as those of V1 do.
 """
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import Mlp
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, WindowMultiHeadAttention
@@ -13,7 +15,7 @@ from ..geometry import distance_rows
 from .dispatch import FlashAttention, drops, is_untouched, takes_map
 from .fused_block import whole_block
 from .norms import fuses_norms, post_norm_branches
-from .position_mlp import position_table
+from .position_mlp import table_source
 
 _ROW_BY_ROW = (Mlp, nn.Linear, nn.ReLU, nn.Dropout, nn.Identity)  # the modules of timm's meta_mlp
 
@@ -31,17 +33,17 @@ class FlashSwinV2CrWindowAttention(FlashAttention, WindowMultiHeadAttention):
     def scales(self) -> tuple[None, torch.Tensor]:
         return None, self.logit_scale  # num_heads
 
-    def position_table(self) -> torch.Tensor | None:
+    def table_source(self) -> Callable[[], torch.Tensor] | None:
         """One row a relative position instead of one a pair of tokens, where that is the same."""
         if "_relative_positional_encodings" in self.__dict__ or not self._meta_mlp_is_plain():
             return None
         mlp, pairs = self.meta_mlp, self.relative_coordinates_log  # of every pair of tokens: N * N, 2
         if type(mlp) is Mlp and type(mlp.act) is nn.ReLU and type(mlp.norm) is nn.Identity:
             others = (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
-            table = position_table(self, mlp.fc1, mlp.fc2, others, pairs, bounded=False)
+            table = table_source(self, mlp.fc1, mlp.fc2, others, pairs, bounded=False)
             if table is not None:
                 return table
-        return mlp(distance_rows(pairs, self.window_size))
+        return lambda: mlp(distance_rows(pairs, self.window_size))
 
     def timms_position_bias(self) -> torch.Tensor:
         return self._relative_positional_encodings().squeeze(0)
@@ -62,10 +64,10 @@ class FlashSwinTransformerV2CrBlock(SwinTransformerV2CrBlock):
     norm and the residual add after it in one pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not fuses_norms(self, x):
-            return super().forward(x)
         out = whole_block(self, x, pre_norm=False)
         if out is None:
+            if not fuses_norms(self, x):
+                return super().forward(x)
             out = post_norm_branches(self, x, self._shifted_window_attn).view(x.shape)
         return self.norm3(out)
 
