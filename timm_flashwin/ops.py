@@ -206,8 +206,8 @@ class _Operator:
             return self._kernel(*inputs)
         return (self._function.apply if self._function else self._dispatched)(*inputs)
 
-    def forward_only(self, *inputs):
-        """The forward, without a node, for who has asked `is_intercepted`, and has cast what autocast wants cast."""
+    def direct(self, *inputs):
+        """Without a node, for who has asked `is_intercepted`, and has cast what autocast wants cast."""
         return (self._dispatched if torch.autograd._profiler_enabled() else self._kernel)(*inputs)
 
 
@@ -245,8 +245,17 @@ def _in_autocasts_dtype(inputs, num_activations: int):
     return *activations, *inputs[num_activations:]
 
 
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous; `x.new_empty(x.shape)` takes the host twice as long."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _promoted(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if x.dtype == dtype else torch.promote_types(x.dtype, dtype)
+
+
 def _acc_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return _promoted(x, torch.float32)
 
 
 def _where_needed(grads, needed) -> tuple[Tensor | None, ...]:
@@ -255,7 +264,7 @@ def _where_needed(grads, needed) -> tuple[Tensor | None, ...]:
 
 
 def _empty_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
-    return tuple(x.new_empty(x.shape) if need else None for x, need in zip(inputs, needed, strict=True))
+    return tuple(_empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True))
 
 
 def _zeros_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
@@ -324,7 +333,7 @@ def _window_attention_autograd(ctx, do, _):
 def _window_attention_backward(
     do, qkv, bias, pad_qkv, logit_scale, out, stats, num_heads, window_size, shift_size, scale, *needed
 ):  # fmt: skip
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    dqkv = _empty_like(qkv)
     inputs = (bias, pad_qkv, logit_scale)
     if not do.numel():
         return dqkv, *_zeros_where_needed(inputs, needed)
@@ -342,7 +351,7 @@ def _window_attention_backward(
 def _window_attention_backward_fake(
     do, qkv, bias, pad_qkv, logit_scale, out, stats, num_heads, window_size, shift_size, scale, *needed
 ):  # fmt: skip
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    dqkv = _empty_like(qkv)
     return dqkv, *_empty_where_needed((bias, pad_qkv, logit_scale), needed)
 
 
@@ -531,7 +540,7 @@ def _continuous_position_table_backward(dtable, coordinates, weight1, bias1, wei
 
 def _continuous_position_table_backward_fake(dtable, coordinates, *weights_and_options):
     weights = weights_and_options[:4]
-    return tuple([None if x is None else x.new_empty(x.shape) for x in weights])
+    return tuple([None if x is None else _empty_like(x) for x in weights])
 
 
 continuous_position_table = _implement(
@@ -562,8 +571,7 @@ def _add_layer_norm(x, y, y_scale, weight, bias, eps, dtype):
 
 
 def _add_layer_norm_fake(x, y, y_scale, weight, bias, eps, dtype):
-    total = None if y is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
-    return total, x.new_empty(x.shape, dtype=dtype)
+    return None if y is None else _empty_like(x, _promoted(x, y.dtype)), _empty_like(x, dtype)
 
 
 def _add_layer_norm_setup_context(ctx, inputs, output):
@@ -596,12 +604,11 @@ def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dt
 
 
 def _add_layer_norm_backward_fake(dsum, dout, total, y_scale, weight, bias, eps, y_dtype):
-    return *_empty_dx_dy(total, y_dtype), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return *_empty_dx_dy(total, y_dtype), _empty_like(weight), _empty_like(bias)
 
 
 def _empty_dx_dy(total, y_dtype):
-    dy = None if y_dtype is None else total.new_empty(total.shape, dtype=y_dtype)
-    return total.new_empty(total.shape), dy
+    return _empty_like(total), None if y_dtype is None else _empty_like(total, y_dtype)
 
 
 add_layer_norm = _implement(
@@ -629,7 +636,7 @@ def _layer_norm_add(x, y, y_scale, weight, bias, eps, dtype):
 
 
 def _layer_norm_add_fake(x, y, y_scale, weight, bias, eps, dtype):
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, dtype))
+    return _empty_like(x, _promoted(x, dtype))
 
 
 def _layer_norm_add_setup_context(ctx, inputs, output):
@@ -644,7 +651,7 @@ def _layer_norm_add_autograd(ctx, dout):
 
 
 def _layer_norm_add_backward(dout, y, y_scale, weight, bias, eps):
-    dy = y.new_empty(y.shape)
+    dy = _empty_like(y)
     if not y.numel():
         return dy, torch.zeros_like(weight), torch.zeros_like(bias)
     dout, y, y_scale, scale = (None if t is None else t.contiguous() for t in (dout, y, y_scale, weight))
@@ -654,7 +661,7 @@ def _layer_norm_add_backward(dout, y, y_scale, weight, bias, eps):
 
 
 def _layer_norm_add_backward_fake(dout, y, y_scale, weight, bias, eps):
-    return y.new_empty(y.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return _empty_like(y), _empty_like(weight), _empty_like(bias)
 
 
 layer_norm_add = _implement(
@@ -677,7 +684,7 @@ def _gelu_backward(dout, x):
 
 
 def _gelu_backward_fake(dout, x):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    return _empty_like(x), _empty_like(x)
 
 
 gelu_backward = _implement("gelu_backward", _gelu_backward, _gelu_backward_fake, _no_second_derivative)
@@ -722,6 +729,9 @@ def _linear_gelu_kernel(x, weight, bias):
     if limits is None or not x.numel():
         return None
     out_features, in_features = weight.shape
+    kernels, rows = _kernels("linear_gelu"), math.prod(x.shape[:-1])
+    if not kernels.fills(x.device, rows, out_features):
+        return None
     others = [weight] if bias is None else [weight, bias]
     if (
         x.shape[-1] != in_features
@@ -732,9 +742,7 @@ def _linear_gelu_kernel(x, weight, bias):
     ):
         return None
     with _device_guard(x):
-        return _kernels("linear_gelu").linear_gelu_for(
-            math.prod(x.shape[:-1]), in_features, out_features, x.dtype, bias is not None, x.device
-        )
+        return kernels.linear_gelu_for(rows, in_features, out_features, x.dtype, bias is not None, x.device)
 
 
 def fits_linear_gelu(limits: tuple[int, int], out_features: int, in_features: int, dtype: torch.dtype) -> bool:

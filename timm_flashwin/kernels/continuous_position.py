@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import cdiv
-from .launcher import INTERPRETED, Launch, acc_type, dtype_of, remembered
+from .launcher import INTERPRETED, Launch, acc_type, dtypes_of, remembered
 from .settings import target_arch
 
 _BLOCK_T, _BLOCK_U = 16, 64
@@ -155,7 +155,7 @@ def launch_continuous_position_table(coordinates, weight1, bias1, weight2, bias2
     `coordinates` [rows of the table, 2], or [N * N, 2] for every pair of tokens; `weight1` [hidden, 2], `bias1`
     [hidden], `weight2` [num_heads, hidden], `bias2` [num_heads] or None.
     """
-    dtypes = tuple([dtype_of(t) for t in (coordinates, weight1, bias1, weight2, bias2, table)])
+    dtypes = dtypes_of(coordinates, weight1, bias1, weight2, bias2, table)
     of_pairs = coordinates.shape[0] != table.shape[0]
     launch = _continuous_position_table(tuple(weight2.shape), window_size, of_pairs, bounded, dtypes, table.device)
     launch(coordinates, weight1, bias1, weight2, weight2 if bias2 is None else bias2, table)
@@ -169,7 +169,7 @@ def launch_continuous_position_table_backward(
     `table` is what the forward makes without rounding, and is read only where it is `bounded`.
     """
     *three, dbias2 = grads
-    dtypes = tuple([dtype_of(t) for t in (dtable, coordinates, weight1, bias1, weight2, table, *grads)])
+    dtypes = dtypes_of(dtable, coordinates, weight1, bias1, weight2, table, *grads)
     of_pairs = coordinates.shape[0] != dtable.shape[0]
     launch = _continuous_position_table_backward(
         tuple(weight2.shape), window_size, of_pairs, bounded, dtypes, dtable.device

@@ -11,7 +11,7 @@ from .backward import backward_dbias_kernel, backward_dkdv_kernel, backward_dq_k
 from .bias_fragments import STRIP, bias_fragments_launch
 from .forward import forward_kernel, forward_tiled_kernel
 from .launcher import INTERPRETED as INTERPRETED
-from .launcher import Launch, acc_type, dtype_of, remembered
+from .launcher import Launch, acc_type, dtype_of, dtypes_of, remembered
 from .partial_sums import Programs, partial_sums_launch
 from .settings import Settings, block_d, multiprocessors_of, settings_for, split_in_step
 
@@ -302,7 +302,7 @@ def launch_backward(
         partials, programs = _launch_one_tile_backward(call, operands, do, dq_dk_dv, is_packed, needs)
     sizes = tuple([0 if grad is None else grad.numel() for grad in shared_grads])
     if any(sizes):
-        launch = _partial_sums(sizes, programs, call.acc_dtype, tuple(map(dtype_of, shared_grads)), call.device)
+        launch = _partial_sums(sizes, programs, call.acc_dtype, dtypes_of(*shared_grads), call.device)
         launch(*partials, operands.logit_scale, *[do if grad is None else grad for grad in shared_grads])
 
 

@@ -1,6 +1,8 @@
 """Launching a kernel with next to nothing done twice: Triton's way to a launch takes longer than most kernels run."""
 
 import functools
+from functools import reduce
+from operator import add, or_
 
 import torch
 import triton
@@ -33,14 +35,14 @@ class Launch:
         self._offsets = [(offsets or {}).get(name, 0) for name in tensors]
         self._numbers = [arguments[name] for name in kernel.arg_names[len(tensors) :]]
         self._bytes = None  # the offsets, once the dtypes are seen
-        self._compiled = {}
+        self._compiled = {}  # by which addresses are aligned; 0 where all are
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         if self._bytes is None:
             self._bytes = [offset * x.element_size() for offset, x in zip(self._offsets, tensors, strict=True)]
         # Addresses, not tensors: Triton's launcher would ask the driver about every one of those.
-        addresses = [x.data_ptr() + offset for x, offset in zip(tensors, self._bytes, strict=True)]
-        aligned = tuple([address % 16 == 0 for address in addresses])
+        addresses = list(map(add, map(torch.Tensor.data_ptr, tensors), self._bytes))
+        aligned = reduce(or_, addresses) % 16 and tuple([address % 16 == 0 for address in addresses])
         compiled = self._compiled.get(aligned)
         if compiled is not None:
             # Named, the stream need not be asked for by Triton, which takes longer to find it.
@@ -75,3 +77,7 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 def dtype_of(x: torch.Tensor | None) -> torch.dtype | None:
     return None if x is None else x.dtype
+
+
+def dtypes_of(*tensors: torch.Tensor | None) -> tuple[torch.dtype | None, ...]:
+    return tuple([None if x is None else x.dtype for x in tensors])

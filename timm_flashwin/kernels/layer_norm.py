@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import cdiv
-from .launcher import Launch, acc_type, dtype_of, remembered
+from .launcher import Launch, acc_type, dtypes_of, remembered
 from .settings import multiprocessors_of
 
 _TILE = 2048  # elements a program works on at a time: 16 a thread
@@ -145,7 +145,7 @@ _TRITON_DTYPES = {
 
 def launch_add_layer_norm(x, y, y_scale, weight, bias, total, out, eps: float) -> None:
     """Fill `total` (x + y * y_scale, where there is a `y`) and `out`, its layer norm; all contiguous, [B, ..., C]."""
-    dtypes = tuple([dtype_of(t) for t in (x, y, y_scale, weight, bias, out)])
+    dtypes = dtypes_of(x, y, y_scale, weight, bias, out)
     launch = _add_layer_norm(_sizes(x), eps, dtypes, x.device)
     launch(x, x if y is None else y, x if y_scale is None else y_scale, weight, bias, x if y is None else total, out)
 
@@ -160,7 +160,7 @@ def _add_layer_norm(sizes: tuple[int, int, int], eps: float, dtypes: tuple, devi
 
 def launch_layer_norm_add(x, y, y_scale, weight, bias, out, eps: float, normed_dtype: torch.dtype) -> None:
     """Fill `out` with x + layer_norm(y) * y_scale, the norm rounded to `normed_dtype`; all contiguous, [B, ..., C]."""
-    dtypes = tuple([dtype_of(t) for t in (x, y, y_scale, weight, bias, out)])
+    dtypes = dtypes_of(x, y, y_scale, weight, bias, out)
     launch = _layer_norm_add(_sizes(x), eps, dtypes, normed_dtype, x.device)
     launch(x, y, x if y_scale is None else y_scale, weight, bias, out)
 
@@ -178,7 +178,7 @@ def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps
 
     `total` is what was normalised; `dtotal` its gradient from elsewhere, or None.
     """
-    dtypes = tuple([dtype_of(t) for t in (total, dtotal, dout, y_scale, weight, dx, dy)])
+    dtypes = dtypes_of(total, dtotal, dout, y_scale, weight, dx, dy)
     launch, programs = _layer_norm_backward(_sizes(total), eps, dtypes, total.device)
     acc_dtype = torch.promote_types(total.dtype, torch.float32)
     partial_sums = total.new_empty(2, programs, total.shape[-1], dtype=acc_dtype)

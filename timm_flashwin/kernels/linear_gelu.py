@@ -251,17 +251,20 @@ class _StandIn(NamedTuple):
         return 0
 
 
+def fills(device: torch.device, rows: int, out_features: int) -> bool:
+    """Whether there are tiles enough for all of the device; with fewer, two kernels are faster."""
+    return cdiv(rows, _PANEL) * cdiv(out_features, _TILE) >= _WAVES * multiprocessors_of(device)
+
+
 @remembered
 def linear_gelu_for(
     rows: int, in_features: int, out_features: int, dtype: torch.dtype, has_bias: bool, device: torch.device
 ) -> LinearGelu | None:
-    """The kernel for such a call; None where two are faster, or, logged, where this one cannot run."""
-    multiprocessors = multiprocessors_of(device)
-    if cdiv(rows, _PANEL) * cdiv(out_features, _TILE) < _WAVES * multiprocessors:
-        return None
+    """The kernel for a call that `fills` the device; None, logged, where it cannot run."""
     compiled = _compiled(in_features, out_features, dtype, has_bias, device)
     if compiled is None:
         return None
+    multiprocessors = multiprocessors_of(device)
     shares, *split = _shares(rows, out_features, multiprocessors)
     numbers = shares, *split, *_constants(in_features, out_features, has_bias)
     grid = min(shares, multiprocessors), 1, 1

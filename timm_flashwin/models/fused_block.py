@@ -241,7 +241,7 @@ def _forward(plan: _Plan, block: _Tensors, keep: Callable[[Tensor | None], objec
     x = block.x
     # One name for all that flows along a branch: what is not kept is gone with the next step.
     if plan.pre_norm:
-        _, y = ops.add_layer_norm.forward_only(x, None, None, *norm1, plan.dtype)
+        _, y = ops.add_layer_norm.direct(x, None, None, *norm1, plan.dtype)
     else:
         y = x.to(plan.dtype)
     keep(y)
@@ -249,22 +249,22 @@ def _forward(plan: _Plan, block: _Tensors, keep: Callable[[Tensor | None], objec
     keep(y)
     bias, pad_qkv = block.position, block.qkv_bias if plan.pads else None
     if plan.is_table:
-        bias = ops.relative_position_bias.forward_only(bias, plan.geometry[1])
+        bias = ops.relative_position_bias.direct(bias, plan.geometry[1])
     keep(bias)
-    y, stats = ops.window_attention.forward_only(y, bias, pad_qkv, block.logit_scale, *plan.geometry, plan.save_stats)
+    y, stats = ops.window_attention.direct(y, bias, pad_qkv, block.logit_scale, *plan.geometry, plan.save_stats)
     keep(y)
     keep(stats if plan.save_stats else None)
     y = F.linear(y, block.proj_weight, block.proj_bias)
     if plan.pre_norm:
-        x, y = ops.add_layer_norm.forward_only(x, y, block.scale1, *norm2, plan.dtype)
+        x, y = ops.add_layer_norm.direct(x, y, block.scale1, *norm2, plan.dtype)
         keep(x)
     else:
         keep(y)
-        x = ops.layer_norm_add.forward_only(x, y, block.scale1, *norm1, plan.norm_dtype)
+        x = ops.layer_norm_add.direct(x, y, block.scale1, *norm1, plan.norm_dtype)
         y = x.to(plan.dtype)
     keep(y)
     if plan.linear_gelu:
-        y = ops.linear_gelu.forward_only(y, block.fc1_weight, block.fc1_bias)
+        y = ops.linear_gelu.direct(y, block.fc1_weight, block.fc1_bias)
     else:
         y = F.linear(y, block.fc1_weight, block.fc1_bias)
         keep(y)
@@ -274,7 +274,7 @@ def _forward(plan: _Plan, block: _Tensors, keep: Callable[[Tensor | None], objec
         keep(None)
         return x + y if block.scale2 is None else torch.addcmul(x, y, _per_sample(block.scale2))
     keep(y)
-    return ops.layer_norm_add.forward_only(x, y, block.scale2, *norm2, plan.norm_dtype)
+    return ops.layer_norm_add.direct(x, y, block.scale2, *norm2, plan.norm_dtype)
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -316,53 +316,58 @@ def _backward(
     norm1 = block.norm1_weight, block.norm1_bias, plan.eps[0]
     norm2 = block.norm2_weight, block.norm2_bias, plan.eps[1]
     bias_dtypes = [dtype if need else None for dtype, need in zip(dtypes, needs, strict=True)][_WEIGHTS.stop :]
-    in_one_launch = not ops.is_intercepted([dout])  # a batch of gradients has no rule for out= and foreach
+    # A batch of gradients has no rule for out= and foreach; what was saved may come back as anything from a hook.
+    plain = not ops.is_intercepted([dout, *[t for t in (*block, *activations) if t is not None]])
+
+    def call(operator, *inputs):
+        return (operator.direct if plain else operator)(*inputs)
 
     if plan.pre_norm:
-        dy = _scaled_grad(dout, block.scale2, plan.dtype, in_one_launch)
+        dy = _scaled_grad(dout, block.scale2, plan.dtype, plain)
     else:
-        dy, *dnorm2 = ops.layer_norm_add_backward(dout, into_last, block.scale2, *norm2)
-    dhidden, activated = ops.gelu_backward(_input_grad(dy, block.fc2_weight, hidden), hidden)
+        dy, *dnorm2 = call(ops.layer_norm_add_backward, dout, into_last, block.scale2, *norm2)
+    dhidden, activated = call(ops.gelu_backward, _input_grad(dy, block.fc2_weight, hidden), hidden)
     dfc2 = _parameter_grads(dy, activated, bias_dtypes[3])
     del activated  # it and dhidden are the widest maps there are
     dfc1 = _parameter_grads(dhidden, into_fc1, bias_dtypes[2])
     dy = _input_grad(dhidden, block.fc1_weight, into_fc1)
     del dhidden
     if plan.pre_norm:
-        dx, dy, *dnorm2 = ops.add_layer_norm_backward(dout, dy, into_norm, block.scale1, *norm2, plan.dtype)
+        dx, dy, *dnorm2 = call(ops.add_layer_norm_backward, dout, dy, into_norm, block.scale1, *norm2, plan.dtype)
     else:
         dx = dout + dy
-        dy, *dnorm1 = ops.layer_norm_add_backward(dx, into_norm, block.scale1, *norm1)
+        dy, *dnorm1 = call(ops.layer_norm_add_backward, dx, into_norm, block.scale1, *norm1)
 
     dproj = _parameter_grads(dy, attended, bias_dtypes[1])
     needs_dpad_qkv = plan.pads and needs.qkv_bias
-    dqkv, dposition, dpad_qkv, dlogit_scale = ops.window_attention_backward(
+    dqkv, dposition, dpad_qkv, dlogit_scale = call(
+        ops.window_attention_backward,
         _input_grad(dy, block.proj_weight, attended), qkv, position_bias, block.qkv_bias, block.logit_scale,
         attended if plan.save_stats else None, stats, *plan.geometry,
         needs.position, needs_dpad_qkv, needs.logit_scale,
     )  # fmt: skip
     if plan.is_table and needs.position:
-        dposition = ops.relative_position_bias_backward(dposition, plan.geometry[1])
+        dposition = call(ops.relative_position_bias_backward, dposition, plan.geometry[1])
     dqkv_weight, dqkv_bias = _parameter_grads(dqkv, into_qkv, bias_dtypes[0])
     if needs_dpad_qkv:
         dqkv_bias += dpad_qkv
     dy = _input_grad(dqkv, block.qkv_weight, into_qkv)
     if plan.pre_norm:
-        dx, _, *dnorm1 = ops.add_layer_norm_backward(dx, dy, block.x, None, *norm1, None)
+        dx, _, *dnorm1 = call(ops.add_layer_norm_backward, dx, dy, block.x, None, *norm1, None)
     else:
         dx = dx.add_(dy).to(dtypes.x)
 
     dweights, dbiases = zip((dqkv_weight, dqkv_bias), dproj, dfc1, dfc2, strict=True)
-    dweights = _cast_grads(dweights, dtypes[_WEIGHTS], in_one_launch)
+    dweights = _cast_grads(dweights, dtypes[_WEIGHTS], plain)
     grads = (dx, None, None, *dnorm1, *dnorm2, dposition, dlogit_scale, *dweights, *dbiases)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-def _scaled_grad(dout: Tensor, scale: Tensor | None, dtype: torch.dtype, in_one_launch: bool) -> Tensor:
+def _scaled_grad(dout: Tensor, scale: Tensor | None, dtype: torch.dtype, plain: bool) -> Tensor:
     """The gradient of a branch whose samples are scaled as they are added."""
     if scale is None:
         return dout.to(dtype)
-    if not in_one_launch:
+    if not plain:
         return (dout * _per_sample(scale)).to(dtype)
     return torch.mul(dout, _per_sample(scale), out=dout.new_empty(dout.shape, dtype=dtype))
 
@@ -400,11 +405,11 @@ def _cast_linears(plan: _Plan, block: _Tensors) -> _Tensors:
     return _Tensors(*block[: _LINEARS.start], *cast)
 
 
-def _cast_grads(grads: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...], in_one_launch: bool) -> Sequence[Tensor]:
+def _cast_grads(grads: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...], plain: bool) -> Sequence[Tensor]:
     """Each gradient in the dtype of its weight, in memory of its own."""
     if all([grad.dtype == dtype for grad, dtype in zip(grads, dtypes, strict=True)]):
         return grads
-    if not in_one_launch:
+    if not plain:
         return [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     copies = [grad.new_empty(grad.shape, dtype=dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     torch._foreach_copy_(copies, grads)
