@@ -274,9 +274,14 @@ def _zeros_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
 _NO_GUARD = contextlib.nullcontext()
 
 
+@functools.cache
+def _is_the_only_device() -> bool:
+    return torch.cuda.device_count() == 1
+
+
 def _device_guard(x: Tensor):
     """Triton launches on the current device: make it the tensor's."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+    if not x.is_cuda or _is_the_only_device() or x.device.index == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device_of(x)
 
@@ -729,9 +734,6 @@ def _linear_gelu_kernel(x, weight, bias):
     if limits is None or not x.numel():
         return None
     out_features, in_features = weight.shape
-    kernels, rows = _kernels("linear_gelu"), math.prod(x.shape[:-1])
-    if not kernels.fills(x.device, rows, out_features):
-        return None
     others = [weight] if bias is None else [weight, bias]
     if (
         x.shape[-1] != in_features
@@ -739,10 +741,18 @@ def _linear_gelu_kernel(x, weight, bias):
         and bias.shape != (out_features,)
         or any([t.dtype != x.dtype or t.device != x.device for t in others])
         or not fits_linear_gelu(limits, out_features, in_features, x.dtype)
+        or not linear_gelu_pays(x, out_features)
     ):
         return None
     with _device_guard(x):
-        return kernels.linear_gelu_for(rows, in_features, out_features, x.dtype, bias is not None, x.device)
+        return _kernels("linear_gelu").linear_gelu_for(
+            math.prod(x.shape[:-1]), in_features, out_features, x.dtype, bias is not None, x.device
+        )
+
+
+def linear_gelu_pays(x: Tensor, out_features: int) -> bool:
+    """Whether the kernel is faster than PyTorch's two on so many rows."""
+    return _kernels("linear_gelu").fills(x.device, math.prod(x.shape[:-1]), out_features)
 
 
 def fits_linear_gelu(limits: tuple[int, int], out_features: int, in_features: int, dtype: torch.dtype) -> bool:

@@ -191,10 +191,12 @@ def _plan(
         qkv, position, is_table, qkv_bias if pads else None, logit_scale, attention.num_heads,
         attention.window_size, block.shift_size, scale, trains,
     )  # fmt: skip
+    weight = block.mlp.fc1.weight
+    linear_gelu = not (trains or block.mlp.training) and has_linear_gelu(x.device, dtype, weight)
     return _Plan(
         pre_norm, geometry, save_stats, is_table, pads, (block.norm1.eps, block.norm2.eps), dtype, _casts(x),
         norm_dtype=dtype if pre_norm else handed_on(x, into_linear=False),
-        linear_gelu=not (trains or block.mlp.training) and has_linear_gelu(x.device, dtype, block.mlp.fc1.weight),
+        linear_gelu=linear_gelu and ops.linear_gelu_pays(x, weight.shape[0]),
     )  # fmt: skip
 
 
