@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_flashwin import accelerate, functional, ops, restore
 from timm_flashwin.kernels import launcher
+from timm_flashwin.models import fused_block
 from timm_flashwin.models.mlp import FlashMlp
 
 HALF = torch.float16
@@ -176,10 +177,10 @@ def test_who_has_no_kernel():
 
 @pytest.fixture
 def served(monkeypatch):
-    """As if there were a kernel everywhere: on a CPU the operator is PyTorch's two."""
+    """As if there were a kernel everywhere: on a CPU, and for a few rows, the operator is PyTorch's two."""
     monkeypatch.setattr(functional, "_INFERENCE_DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(functional, "_linear_gelu_limits", functional._constant(lambda device, dtype: (512, 2)))
-    monkeypatch.setattr(ops, "linear_gelu_pays", lambda x, out_features: True)
+    monkeypatch.setattr(fused_block, "linear_gelu_pays", lambda x, out_features: True)
 
 
 def calls(function) -> int:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..functional import has_linear_gelu, map_options
+from ..ops import linear_gelu_pays
 from .dispatch import FlashAttention, drops, is_untouched
 from .mlp import is_plain_mlp
 from .norms import fuses_norms, handed_on, sample_scale
@@ -196,7 +197,7 @@ def _plan(
     return _Plan(
         pre_norm, geometry, save_stats, is_table, pads, (block.norm1.eps, block.norm2.eps), dtype, _casts(x),
         norm_dtype=dtype if pre_norm else handed_on(x, into_linear=False),
-        linear_gelu=linear_gelu and ops.linear_gelu_pays(x, weight.shape[0]),
+        linear_gelu=linear_gelu and linear_gelu_pays(x, weight.shape[0]),
     )  # fmt: skip
 
 
