@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_flashwin.models import fused_block
+from timm_flashwin.models.snapshot import Snapshot
 
 HALF = torch.float16
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -23,7 +24,8 @@ def make_input(size=EVEN, batch=2):
 
 def call_modules(monkeypatch):
     """From here on blocks call their modules."""
-    monkeypatch.setattr(fused_block, "_reading", lambda *_: None)
+    monkeypatch.setattr(fused_block, "snapshot_of", lambda block: Snapshot(block))
+    monkeypatch.setattr(fused_block, "_is_plain_block", lambda block: False)
 
 
 def gradients(block, x, autocast=False, dout=None):

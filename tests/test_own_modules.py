@@ -108,7 +108,7 @@ def make_blocks(family, size=EVEN, change=lambda block: None, used_before=False)
     flash = copy.deepcopy(stock)
     timm_flashwin.accelerate(flash, impl="auto" if KERNEL_DEVICE == "cuda" else "triton")
     if used_before:
-        flash(torch.randn(2, *size, C, device=KERNEL_DEVICE))
+        flash(torch.randn(2, *size, C, device=KERNEL_DEVICE, requires_grad=True))
     for block in (stock, flash):
         torch.manual_seed(4)
         change(block)

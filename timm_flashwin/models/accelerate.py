@@ -8,9 +8,9 @@ from torch import nn
 
 from ..functional import IMPLEMENTATIONS
 from .dispatch import FlashAttention
-from .fused_block import forget
 from .mlp import FlashMlp
 from .patch_embed import FlashPatchProjection, is_patch_projection, patch_projection
+from .snapshot import forget
 from .swin import FlashSwinTransformerBlock, FlashWindowAttention
 from .swin_v2 import FlashSwinTransformerV2Block, FlashSwinV2WindowAttention
 from .swin_v2_cr import FlashSwinTransformerV2CrBlock, FlashSwinV2CrWindowAttention

@@ -21,7 +21,7 @@ from ..ops import linear_gelu_pays
 from .dispatch import FlashAttention, drops, is_untouched
 from .mlp import is_plain_mlp
 from .norms import fuses_norms, handed_on, sample_scale
-from .snapshot import Snapshot
+from .snapshot import snapshot_of
 
 
 class _Tensors(NamedTuple):
@@ -67,42 +67,20 @@ class _Plan(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """What was found out about a block, for maps alike; it holds until the block is touched."""
+    """What was found out about a block, for maps alike; it holds until something in the block changes."""
 
     attention: FlashAttention
     drop_paths: tuple[nn.Module, nn.Module]
-    norms: tuple[Tensor, Tensor, Tensor, Tensor]  # weight and bias of the first, weight and bias of the second
-    weights: list[Tensor]  # of the Linears
-    biases: list[Tensor | None]  # of the Linears after the first, whose bias is the attention's affair
+    # Where the parameters are: those of the first norm and of the second, the weights of the Linears, and their biases
+    # but the first, which the attention tells. Not the parameters themselves, which may be replaced, and are free then.
+    parameters: list[tuple[dict, str]]
     table: Callable[[], Tensor] | None  # of the position bias, where that is made from one
+    casts: bool  # whether autocast asks for the dtype that the map is worked on in
     trains: bool
     plans: dict  # by what is known of the position bias or its table
 
 
-class _Memory:
-    """The readings of a block, for as long as it is as it was. A copy of the block starts with none."""
-
-    def __init__(self):
-        self.readings: dict[tuple, _Reading] = {}
-        self.snapshot: Snapshot | None = None
-
-    def holds(self, block: nn.Module) -> bool:
-        return self.snapshot is not None and self.snapshot.holds(block)
-
-    def __deepcopy__(self, _) -> "_Memory":
-        return _Memory()
-
-    def __reduce__(self):
-        return _Memory, ()
-
-
-_MEMORY = "_flashwin_memory"  # a block's attribute; a dictionary of blocks elsewhere might keep them alive
 _MAX_READINGS = 64  # sizes that come up are remembered, with a bound for ever new ones
-
-
-def forget(module: nn.Module) -> None:
-    """Remove what a block remembers."""
-    module.__dict__.pop(_MEMORY, None)
 
 
 def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
@@ -113,7 +91,16 @@ def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
     """
     if torch.compiler.is_compiling() or not is_untouched() or ops.is_intercepted([x]):
         return None
-    reading = _reading(block, x, pre_norm)
+    readings = snapshot_of(block).found
+    alike = (
+        x.shape, x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), ops.autocast_dtype(x.device.type),
+        is_exportable(), is_scriptable(),
+    )  # fmt: skip
+    if alike not in readings:
+        if len(readings) >= _MAX_READINGS:
+            readings.clear()
+        readings[alike] = _read(block, x)
+    reading = readings[alike]
     if reading is None:
         return None
     attention, table = reading.attention, reading.table
@@ -121,64 +108,43 @@ def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
     if not ops.is_plain(position):
         return None
     scale, logit_scale = attention.scales()
-    qkv_bias = attention.projection_bias()
+    parameters = [own[name] for own, name in reading.parameters]
+    norms, weights, biases = parameters[:4], parameters[4:8], [attention.projection_bias(), *parameters[8:]]
     known = position.shape, position.dtype, position.device
     plan = reading.plans.get(known)
     if plan is None:
-        plan = reading.plans[known] = _plan(block, x, pre_norm, reading, position, qkv_bias, scale, logit_scale)
+        plan = _plan(block, x, pre_norm, reading, position, biases[0], scale, logit_scale)
+        reading.plans[known] = plan
     # Drawn after what drops in the position bias, as in timm.
     scale1, scale2 = [sample_scale(drop_path, x, plan.norm_dtype) for drop_path in reading.drop_paths]
-    tensors = _Tensors(
-        x, scale1, scale2, *reading.norms, position, logit_scale, *reading.weights, qkv_bias, *reading.biases
-    )
+    tensors = _Tensors(x, scale1, scale2, *norms, position, logit_scale, *weights, *biases)
     if reading.trains:
         return _FusedBlock.apply(plan, *tensors)
     return _forward(plan, _cast_linears(plan, tensors), keep=lambda tensor: None)
 
 
-def _reading(block: nn.Module, x: Tensor, pre_norm: bool) -> _Reading | None:
-    """`_read`, where it was not done before."""
-    alike = (
-        x.shape, x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), ops.autocast_dtype(x.device.type),
-        is_exportable(), is_scriptable(),
-    )  # fmt: skip
-    memory = block.__dict__.get(_MEMORY)
-    if memory is not None and memory.holds(block):
-        reading = memory.readings.get(alike)
-        if reading is not None:
-            return reading
-    else:
-        memory = None
-    reading = _read(block, x, pre_norm)
-    # What takes a parameter's place for one call has a history that must not be kept.
-    if reading is None or not all([type(t) is nn.Parameter for t in block.parameters()]):
-        return reading
-    if memory is None or len(memory.readings) >= _MAX_READINGS:
-        forget(block)
-        block.__dict__[_MEMORY] = memory = _Memory()
-        memory.snapshot = Snapshot(block)
-    memory.readings[alike] = reading
-    return reading
-
-
-def _read(block: nn.Module, x: Tensor, pre_norm: bool) -> _Reading | None:
+def _read(block: nn.Module, x: Tensor) -> _Reading | None:
     """What `whole_block` has to know of `block`, for maps as `x`; None where its modules have to be called."""
     if not (fuses_norms(block, x) and _is_plain_block(block)):
         return None
-    attention, mlp, norm1, norm2 = block.attn, block.mlp, block.norm1, block.norm2
-    modules = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
-    weights = [module.weight for module in modules]
-    biases = [attention.projection_bias(), *[module.bias for module in modules[1:]]]
-    norms = (norm1.weight, norm1.bias, norm2.weight, norm2.bias)
-    _, logit_scale = attention.scales()
-    linears = [t for t in (*weights, *biases) if t is not None]
-    if not _takes_tensors(x, linears, norms if logit_scale is None else (*norms, logit_scale)):
+    attention, mlp, norms = block.attn, block.mlp, (block.norm1, block.norm2)
+    linears = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
+    places = [(norm._parameters, name) for norm in norms for name in ("weight", "bias")]
+    places += [(linear._parameters, "weight") for linear in linears]
+    places += [(linear._parameters, "bias") for linear in linears[1:]]
+    if not all([name in own for own, name in places]):  # a replica's are attributes
         return None
-    trains = torch.is_grad_enabled() and all([weight.requires_grad for weight in weights])
+    parameters = [own[name] for own, name in places]
+    casts = ops.autocast_dtype(x.device.type) == ops.compute_dtype(x)
+    of_linears = [t for t in (*parameters[4:], attention.projection_bias()) if t is not None]
+    others = [t for t in (*parameters[:4], attention.scales()[1]) if t is not None]
+    if not _takes_tensors(x, of_linears, others, casts):
+        return None
+    trains = torch.is_grad_enabled() and all([weight.requires_grad for weight in parameters[4:8]])
     if not trains and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         return None  # where a part is frozen, modules keep less for the backward, and may end it sooner
     drop_paths = block.drop_path1, block.drop_path2
-    return _Reading(attention, drop_paths, norms, weights, biases[1:], attention.table_source(), trains, {})
+    return _Reading(attention, drop_paths, places, attention.table_source(), casts, trains, {})
 
 
 def _plan(
@@ -187,7 +153,7 @@ def _plan(
 ) -> _Plan:  # fmt: skip
     attention, trains = reading.attention, reading.trains
     dtype, is_table, pads = ops.compute_dtype(x), reading.table is not None, attention.pads(x)
-    qkv = (*x.shape[:3], reading.weights[0].shape[0]), dtype, x.device
+    qkv = (*x.shape[:3], attention.qkv.weight.shape[0]), dtype, x.device
     *geometry, save_stats = map_options(
         qkv, position, is_table, qkv_bias if pads else None, logit_scale, attention.num_heads,
         attention.window_size, block.shift_size, scale, trains,
@@ -195,7 +161,7 @@ def _plan(
     weight = block.mlp.fc1.weight
     linear_gelu = not (trains or block.mlp.training) and has_linear_gelu(x.device, dtype, weight)
     return _Plan(
-        pre_norm, geometry, save_stats, is_table, pads, (block.norm1.eps, block.norm2.eps), dtype, _casts(x),
+        pre_norm, geometry, save_stats, is_table, pads, (block.norm1.eps, block.norm2.eps), dtype, reading.casts,
         norm_dtype=dtype if pre_norm else handed_on(x, into_linear=False),
         linear_gelu=linear_gelu and linear_gelu_pays(x, weight.shape[0]),
     )  # fmt: skip
@@ -218,14 +184,9 @@ def _is_plain_block(block: nn.Module) -> bool:
     )
 
 
-def _casts(x: Tensor) -> bool:
-    """Whether autocast asks for the dtype that `x` is worked on in."""
-    return ops.autocast_dtype(x.device.type) == ops.compute_dtype(x)
-
-
-def _takes_tensors(x: Tensor, linears: list[Tensor], others: tuple[Tensor, ...]) -> bool:
+def _takes_tensors(x: Tensor, linears: list[Tensor], others: list[Tensor], casts: bool) -> bool:
     """Whether a map, the parameters of the Linears and what else there is are such that modules would do the same."""
-    if _casts(x):
+    if casts:
         fits = all([t.is_floating_point() and t.dtype != torch.float64 for t in linears])
     else:
         dtype = x.dtype

@@ -1,6 +1,5 @@
 """The MLP of the relative position bias of the V2 family: in one launch where its modules are timm's, untouched."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -11,8 +10,13 @@ from ..functional import kernels_serve
 from .dispatch import is_untouched
 
 
-def table_source(
-    attention: nn.Module, linear1: nn.Linear, linear2: nn.Linear, others: tuple, coordinates: Tensor, bounded: bool
+def mlp_table_source(
+    attention: nn.Module,
+    linear1: nn.Linear,
+    linear2: nn.Linear,
+    others: tuple,
+    coordinates: Callable[[], Tensor],
+    bounded: bool,
 ) -> Callable[[], Tensor] | None:
     """What makes the MLP's rows for every distance of two tokens of `attention`.
 
@@ -20,7 +24,7 @@ def table_source(
         attention: The attention the MLP belongs to.
         linear1, linear2: Its two Linears, with a ReLU between them.
         others: The MLP itself and all that is in it beside the Linears, of the types that timm gives them.
-        coordinates: [rows of the table, 2], or of every pair of tokens [N * N, 2].
+        coordinates: A call for [rows of the table, 2], or those of every pair of tokens [N * N, 2].
         bounded: Whether 16 * sigmoid of the MLP is wanted.
 
     Returns:
@@ -34,14 +38,19 @@ def table_source(
     ):
         return None
     linears = (linear1, linear2)
-    if any([type(linear) is not nn.Linear for linear in linears]) or linear1.bias is None or coordinates.requires_grad:
+    if (
+        any([type(linear) is not nn.Linear for linear in linears])
+        or linear1.bias is None
+        or coordinates().requires_grad
+    ):
         return None
-    tensors = [x for x in (coordinates, weight, linear1.bias, linear2.weight, linear2.bias) if x is not None]
+    tensors = [x for x in (coordinates(), weight, linear1.bias, linear2.weight, linear2.bias) if x is not None]
     if not all([ops.is_plain(x) and x.device == weight.device for x in tensors]):  # quantised or sharded weights
         return None
     if not is_untouched(*linears, *others):
         return None
-    return functools.partial(
-        ops.continuous_position_table, coordinates, weight, linear1.bias, linear2.weight, linear2.bias,
-        attention.window_size, bounded, ops.compute_dtype(weight),
-    )  # fmt: skip
+    dtype = ops.compute_dtype(weight)
+    # The tensors as they are at the time of the call: they may be replaced.
+    return lambda: ops.continuous_position_table(
+        coordinates(), linear1.weight, linear1.bias, linear2.weight, linear2.bias, attention.window_size, bounded, dtype
+    )

@@ -34,10 +34,8 @@ class FlashWindowAttention(FlashAttention, WindowAttention):
         return self.scale, None
 
     def table_source(self) -> Callable[[], torch.Tensor] | None:
-        if "_get_rel_pos_bias" in self.__dict__:  # somebody's own
-            return None
-        table = self.relative_position_bias_table
-        return lambda: table
+        somebodys_own = "_get_rel_pos_bias" in self.__dict__
+        return None if somebodys_own else lambda: self.relative_position_bias_table
 
     def timms_position_bias(self) -> torch.Tensor:
         return self._get_rel_pos_bias().squeeze(0)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .dispatch import FlashAttention, takes_map
 from .fused_block import whole_block
 from .norms import fuses_norms, post_norm_branches
-from .position_mlp import table_source
+from .position_mlp import mlp_table_source
 
 
 class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
@@ -49,11 +49,14 @@ class FlashSwinV2WindowAttention(FlashAttention, WindowAttention):
         """timm's bias before the gather: what is elementwise is done here, where a window has fewer elements."""
         mlp = self.cpb_mlp
         if type(mlp) is nn.Sequential and tuple(map(type, mlp)) == (nn.Linear, nn.ReLU, nn.Linear):
-            coordinates = self.relative_coords_table.view(-1, 2)
-            table = table_source(self, mlp[0], mlp[2], (mlp, mlp[1]), coordinates, bounded=True)
+            others = (mlp, mlp[1])
+            table = mlp_table_source(self, mlp[0], mlp[2], others, self._coordinates, bounded=True)
             if table is not None:
                 return table
         return lambda: 16 * torch.sigmoid(mlp(self.relative_coords_table).view(-1, self.num_heads))
+
+    def _coordinates(self) -> torch.Tensor:
+        return self.relative_coords_table.view(-1, 2)  # rows of the table, 2
 
     def _weight_modules(self) -> tuple[nn.Module, ...]:
         return self.softmax, self.attn_drop

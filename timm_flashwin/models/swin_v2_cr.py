@@ -15,7 +15,7 @@ from ..geometry import distance_rows
 from .dispatch import FlashAttention, drops, is_untouched, takes_map
 from .fused_block import whole_block
 from .norms import fuses_norms, post_norm_branches
-from .position_mlp import table_source
+from .position_mlp import mlp_table_source
 
 _ROW_BY_ROW = (Mlp, nn.Linear, nn.ReLU, nn.Dropout, nn.Identity)  # the modules of timm's meta_mlp
 
@@ -37,13 +37,16 @@ class FlashSwinV2CrWindowAttention(FlashAttention, WindowMultiHeadAttention):
         """One row a relative position instead of one a pair of tokens, where that is the same."""
         if "_relative_positional_encodings" in self.__dict__ or not self._meta_mlp_is_plain():
             return None
-        mlp, pairs = self.meta_mlp, self.relative_coordinates_log  # of every pair of tokens: N * N, 2
+        mlp = self.meta_mlp
         if type(mlp) is Mlp and type(mlp.act) is nn.ReLU and type(mlp.norm) is nn.Identity:
             others = (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
-            table = table_source(self, mlp.fc1, mlp.fc2, others, pairs, bounded=False)
+            table = mlp_table_source(self, mlp.fc1, mlp.fc2, others, self._coordinates, bounded=False)
             if table is not None:
                 return table
-        return lambda: mlp(distance_rows(pairs, self.window_size))
+        return lambda: mlp(distance_rows(self._coordinates(), self.window_size))
+
+    def _coordinates(self) -> torch.Tensor:
+        return self.relative_coordinates_log  # of every pair of tokens: N * N, 2
 
     def timms_position_bias(self) -> torch.Tensor:
         return self._relative_positional_encodings().squeeze(0)
