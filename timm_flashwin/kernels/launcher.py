@@ -42,6 +42,7 @@ class Launch:
             self._bytes = [offset * x.element_size() for offset, x in zip(self._offsets, tensors, strict=True)]
         # Addresses, not tensors: Triton's launcher would ask the driver about every one of those.
         addresses = list(map(add, map(torch.Tensor.data_ptr, tensors), self._bytes))
+        # One look at all of them; at each only where not all are aligned.
         aligned = reduce(or_, addresses) % 16 and tuple([address % 16 == 0 for address in addresses])
         compiled = self._compiled.get(aligned)
         if compiled is not None:
@@ -80,4 +81,5 @@ def dtype_of(x: torch.Tensor | None) -> torch.dtype | None:
 
 
 def dtypes_of(*tensors: torch.Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """`dtype_of` each, without a call for each."""
     return tuple([None if x is None else x.dtype for x in tensors])

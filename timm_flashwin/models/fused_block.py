@@ -80,6 +80,7 @@ class _Reading(NamedTuple):
     plans: dict  # by what is known of the position bias or its table
 
 
+_UNREAD = object()
 _MAX_READINGS = 64  # sizes that come up are remembered, with a bound for ever new ones
 
 
@@ -96,11 +97,11 @@ def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
         x.shape, x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), ops.autocast_dtype(x.device.type),
         is_exportable(), is_scriptable(),
     )  # fmt: skip
-    if alike not in readings:
+    reading = readings.get(alike, _UNREAD)
+    if reading is _UNREAD:
         if len(readings) >= _MAX_READINGS:
             readings.clear()
-        readings[alike] = _read(block, x)
-    reading = readings[alike]
+        reading = readings[alike] = _read(block, x)
     if reading is None:
         return None
     attention, table = reading.attention, reading.table

@@ -37,14 +37,10 @@ def mlp_table_source(
         attention.impl, weight.device, weight.dtype, None, attention.num_tokens
     ):
         return None
-    linears = (linear1, linear2)
-    if (
-        any([type(linear) is not nn.Linear for linear in linears])
-        or linear1.bias is None
-        or coordinates().requires_grad
-    ):
+    linears, points = (linear1, linear2), coordinates()
+    if any([type(linear) is not nn.Linear for linear in linears]) or linear1.bias is None or points.requires_grad:
         return None
-    tensors = [x for x in (coordinates(), weight, linear1.bias, linear2.weight, linear2.bias) if x is not None]
+    tensors = [x for x in (points, weight, linear1.bias, linear2.weight, linear2.bias) if x is not None]
     if not all([ops.is_plain(x) and x.device == weight.device for x in tensors]):  # quantised or sharded weights
         return None
     if not is_untouched(*linears, *others):
