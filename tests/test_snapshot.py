@@ -30,6 +30,9 @@ CHANGES = {
     "another submodule": lambda block: setattr(block.mlp, "norm", nn.Identity()),
     "another class": lambda block: setattr(block.mlp, "__class__", type("Own", (type(block.mlp),), {})),
     "another parameter": lambda block: setattr(block.norm1, "bias", nn.Parameter(block.norm1.bias.detach().clone())),
+    "a parameter of another class": lambda block: setattr(
+        block.norm1.bias, "__class__", type("Own", (nn.Parameter,), {})
+    ),
     "no parameter": lambda block: setattr(block.attn.proj, "bias", None),
     "a buffer in other memory": lambda block: setattr(
         block.attn.relative_position_index, "data", block.attn.relative_position_index.clone()
@@ -225,6 +228,23 @@ def test_weights_that_are_replaced_are_free(family):
     block.mlp.fc1 = nn.Sequential(nn.Linear(C, 4 * C, device=KERNEL_DEVICE))
     block(make_map())
     assert weight() is None
+
+
+@each_family
+def test_parameters_may_be_swapped_and_then_act(family, ieee):
+    stock, flash = make_blocks(family)
+    x = make_map()
+    flash(x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for block in (stock, flash):
+            block.half()
+            block.float()
+            with torch.no_grad():
+                torch.utils.swap_tensors(block.norm1.weight, nn.Parameter(block.norm1.weight * 2))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert relative_error(flash(x), stock(x)) < 1e-4
 
 
 class Scaled(nn.Module):

@@ -22,8 +22,8 @@ _PLACE = "_flashwin_snapshot"
 class Snapshot:
     """A module and all that is in it as they were, and what was `found` out about them since.
 
-    It sees classes, attributes, submodules, which tensors there are, what may change of a tensor in place but for its
-    values, and hooks, save those of the module itself. A class that is patched it does not see.
+    It sees classes, attributes, submodules, tensors but for their values, and hooks, save those of the module itself. A
+    class that is patched it does not see.
     """
 
     def __init__(self, module: nn.Module):
@@ -45,23 +45,18 @@ class Snapshot:
         # Views show what the dictionaries hold later on. What has no parts or tensors does nothing with any it may get.
         self._children = [own["_modules"].values() for own in attributes if own["_modules"]]
         self._tensors = [own[kind].values() for own in attributes for kind in _TENSORS if own[kind]]
-        tensors = list(chain.from_iterable(self._tensors))
-        self._references = [_nothing if tensor is None else weakref.ref(tensor) for tensor in tensors]
         self._values = self._current_values(module)
-        self._seen = self._state(module, tensors)
+        self._seen = self._state(module)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether `module` is the one, and as it was. A copy of it, which may share its parts, is another."""
         if self._module() is not module or self._seen is None or any(self._hooks) is not self._has_hooks:
             return False
-        tensors = list(chain.from_iterable(self._tensors))
-        if not _are_the_same(tensors, [reference() for reference in self._references]):
-            return False
         try:
-            values, state = self._current_values(module), self._state(module, tensors)
+            values, state = self._current_values(module), self._state(module)
         except Exception:  # as above, or an attribute is gone
             return False
-        return state == self._seen and _are_the_same(values, self._values)
+        return state == self._seen and len(values) == len(self._values) and all(map(is_, values, self._values))
 
     def _current_values(self, module: nn.Module) -> list:
         """Of attributes. They are compared as objects: some cannot be compared otherwise, or only by the GPU."""
@@ -69,7 +64,7 @@ class Snapshot:
         values += [get(own) for get, own in zip(self._getters[1:], self._attributes, strict=True)]
         return list(chain.from_iterable(values))
 
-    def _state(self, module: nn.Module, tensors: list) -> tuple:
+    def _state(self, module: nn.Module) -> tuple:
         own = module.__dict__
         return (
             type(module),
@@ -78,8 +73,12 @@ class Snapshot:
             list(map(len, self._attributes)),
             list(chain.from_iterable(self._children)),
             list(map(len, self._hooks)) if self._has_hooks else None,
-            # Who gives a tensor another dtype, device or size in place gives it other memory, or less of it.
-            [(x.data_ptr(), x.numel(), x.requires_grad) for x in tensors if x is not None],
+            # What is known of a tensor: the tensor itself would be kept alive, and with a weak reference it could not be
+            # swapped for another. The address of its memory tells the device, too.
+            [
+                x is not None and (type(x), x.data_ptr(), x.dtype, x.numel(), x.requires_grad)
+                for x in chain.from_iterable(self._tensors)
+            ],
         )
 
     def __reduce__(self):
@@ -98,11 +97,3 @@ def snapshot_of(module: nn.Module) -> Snapshot:
 def forget(module: nn.Module) -> None:
     """Remove the snapshot that `module` has, if it has one."""
     module.__dict__.pop(_PLACE, None)
-
-
-def _are_the_same(objects: list, others: list) -> bool:
-    return len(objects) == len(others) and all(map(is_, objects, others))
-
-
-def _nothing() -> None:
-    """In the place of a reference to a tensor where there is none."""
