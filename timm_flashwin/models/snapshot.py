@@ -73,7 +73,7 @@ class Snapshot:
             list(map(len, self._attributes)),
             list(chain.from_iterable(self._children)),
             list(map(len, self._hooks)) if self._has_hooks else None,
-            # What is known of a tensor: the tensor itself would be kept alive, and with a weak reference it could not be
+            # What is known of a tensor: itself it would be kept alive, and with a weak reference to it it could not be
             # swapped for another. The address of its memory tells the device, too.
             [
                 x is not None and (type(x), x.data_ptr(), x.dtype, x.numel(), x.requires_grad)
