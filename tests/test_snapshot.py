@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
 
 import numpy
 import pytest
@@ -26,6 +27,11 @@ def shrink(block):
     weight.data = weight.data[:-1]
 
 
+def replace_hooks(block):
+    block.mlp.fc1._forward_hooks = OrderedDict()
+    block.mlp.fc1.register_forward_hook(lambda *_: None)
+
+
 CHANGES = {
     "another submodule": lambda block: setattr(block.mlp, "norm", nn.Identity()),
     "another class": lambda block: setattr(block.mlp, "__class__", type("Own", (type(block.mlp),), {})),
@@ -46,6 +52,13 @@ CHANGES = {
     "a hook before": lambda block: block.attn.qkv.register_forward_pre_hook(lambda *_: None),
     "a backward hook": lambda block: block.norm2.register_full_backward_hook(lambda *_: None),
     "a compiled part": lambda block: block.mlp.compile(backend="eager"),
+    "a hook in another dictionary": replace_hooks,
+    "parameters in another dictionary": lambda block: setattr(
+        block.attn.proj, "_parameters", {name: nn.Parameter(x * 3) for name, x in block.attn.proj._parameters.items()}
+    ),
+    "a negated view": lambda block: setattr(
+        block.norm1, "weight", nn.Parameter(torch._neg_view(block.norm1.weight.detach()))
+    ),
     "a frozen parameter": lambda block: block.norm2.weight.requires_grad_(False),
     "another dtype": lambda block: block.double(),
     "another device": lambda block: block.to("meta"),
@@ -245,6 +258,58 @@ def test_parameters_may_be_swapped_and_then_act(family, ieee):
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert relative_error(flash(x), stock(x)) < 1e-4
+
+
+def test_what_is_noted_on_a_module_is_not_kept():
+    _, block = make_blocks("v1")
+    block.register_forward_hook(lambda module, _, out: setattr(module, "note", out))
+    for _ in range(2):
+        block(make_map())
+    note = weakref.ref(block.note)
+    block.note = None
+    assert note() is None
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_rate_of_dropout_that_is_a_tensor_acts_when_it_changes(used_before, ieee):
+    stock, flash = make_blocks("v1")
+    x = make_map()
+    for block in (stock, flash):
+        block.attn.proj_drop = nn.Dropout().train()
+        block.attn.proj_drop.p = torch.tensor(0.0)
+    if used_before:
+        flash(x)
+    for block in (stock, flash):
+        block.attn.proj_drop.p.fill_(1.0)
+    assert relative_error(flash(x), stock(x)) < 1e-4
+
+
+class EqualToAll(nn.Identity):
+    def __eq__(self, other):
+        return torch.ones(2)
+
+    __hash__ = nn.Identity.__hash__
+
+
+def test_parts_are_told_apart_by_what_they_are_and_not_by_what_they_equal():
+    _, block = make_blocks("v1")
+    block.mlp.drop2 = EqualToAll()
+    snapshot = Snapshot(block)
+    assert snapshot.holds(block)
+    block.mlp.drop2 = EqualToAll()
+    assert not snapshot.holds(block)
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_bias_that_is_trained_in_a_frozen_block_gets_its_gradient(used_before, ieee):
+    stock, flash = make_blocks("v2")
+    for block in (stock.requires_grad_(False), flash.requires_grad_(False)):
+        if used_before:
+            block(make_map())
+        block.attn.k_bias.requires_grad_()
+    x = make_map()
+    grads = [torch.autograd.grad(block(x).square().sum(), block.attn.k_bias)[0] for block in (stock, flash)]
+    assert relative_error(grads[1], grads[0]) < 1e-3
 
 
 class Scaled(nn.Module):

@@ -1,7 +1,6 @@
 """Launching a kernel with next to nothing done twice: Triton's way to a launch takes longer than most kernels run."""
 
 import functools
-from functools import reduce
 from operator import add, or_
 
 import torch
@@ -43,7 +42,7 @@ class Launch:
         # Addresses, not tensors: Triton's launcher would ask the driver about every one of those.
         addresses = list(map(add, map(torch.Tensor.data_ptr, tensors), self._bytes))
         # One look at all of them; at each only where not all are aligned.
-        aligned = reduce(or_, addresses) % 16 and tuple([address % 16 == 0 for address in addresses])
+        aligned = functools.reduce(or_, addresses) % 16 and tuple([address % 16 == 0 for address in addresses])
         compiled = self._compiled.get(aligned)
         if compiled is not None:
             # Named, the stream need not be asked for by Triton, which takes longer to find it.

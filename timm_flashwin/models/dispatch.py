@@ -145,5 +145,9 @@ def _is_bare(module: nn.Module) -> bool:
 
 
 def drops(module: nn.Module) -> bool:
-    """Whether `module` is a dropout that drops."""
-    return isinstance(module, nn.Dropout) and module.training and module.p > 0.0
+    """Whether `module` is a dropout that drops, or may do so when its rate, being no number, changes."""
+    return (
+        isinstance(module, nn.Dropout)
+        and module.training
+        and not (isinstance(module.p, (int, float)) and module.p == 0)
+    )

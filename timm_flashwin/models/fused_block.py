@@ -16,7 +16,7 @@ from torch._utils import _unflatten_dense_tensors
 from torch.nn import functional as F
 
 from .. import ops
-from ..functional import has_linear_gelu, map_options
+from ..functional import has_linear_gelu, map_options, needs_grad
 from ..ops import linear_gelu_pays
 from .dispatch import FlashAttention, drops, is_untouched
 from .mlp import is_plain_mlp
@@ -80,6 +80,7 @@ class _Reading(NamedTuple):
     plans: dict  # by what is known of the position bias or its table
 
 
+_DEVICES = ("cuda", "cpu")  # where the operators are; others may not know of autocast
 _UNREAD = object()
 _MAX_READINGS = 64  # sizes that come up are remembered, with a bound for ever new ones
 
@@ -91,6 +92,8 @@ def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
         [B, H, W, C]; None where the modules themselves have to be called.
     """
     if torch.compiler.is_compiling() or not is_untouched() or ops.is_intercepted([x]):
+        return None
+    if x.device.type not in _DEVICES:
         return None
     readings = snapshot_of(block).found
     alike = (
@@ -111,6 +114,8 @@ def whole_block(block: nn.Module, x: Tensor, pre_norm: bool) -> Tensor | None:
     scale, logit_scale = attention.scales()
     parameters = [own[name] for own, name in reading.parameters]
     norms, weights, biases = parameters[:4], parameters[4:8], [attention.projection_bias(), *parameters[8:]]
+    if not reading.trains and needs_grad(position, logit_scale, biases[0]):
+        return None
     known = position.shape, position.dtype, position.device
     plan = reading.plans.get(known)
     if plan is None:
@@ -133,7 +138,10 @@ def _read(block: nn.Module, x: Tensor) -> _Reading | None:
     places = [(norm._parameters, name) for norm in norms for name in ("weight", "bias")]
     places += [(linear._parameters, "weight") for linear in linears]
     places += [(linear._parameters, "bias") for linear in linears[1:]]
-    if not all([name in own for own, name in places]):  # a replica's are attributes
+    if not all([name in own for own, name in places]):  # attributes, as a replica's are
+        return None
+    numbers, pairs = (block.norm1.eps, block.norm2.eps), (attention.window_size, block.shift_size)
+    if not all([type(x) in (int, float) for x in numbers] + [type(x) is tuple for x in pairs]):  # may change inside
         return None
     parameters = [own[name] for own, name in places]
     casts = ops.autocast_dtype(x.device.type) == ops.compute_dtype(x)

@@ -6,14 +6,15 @@ interpreter does by itself for the most part.
 
 import weakref
 from itertools import chain
-from operator import is_, itemgetter
+from operator import itemgetter
 
 from torch import nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = ("_parameters", "_buffers")
-# What every module has beside its mode and its parts: dictionaries that stay, and flags of its hooks.
-_IN_EVERY_MODULE = vars(nn.Module()).keys() - {"training", "_modules"}
+_IN_EVERY_MODULE = vars(nn.Module()).keys()
+# Attributes of other types than these may keep much alive, and may be no easy matter to compare.
+_SIMPLE = (bool, int, float, str, tuple, type(None))
 # The attribute of a module that holds its snapshot. In a dictionary of modules it might keep them alive: what a module
 # holds may lead back to it.
 _PLACE = "_flashwin_snapshot"
@@ -22,8 +23,9 @@ _PLACE = "_flashwin_snapshot"
 class Snapshot:
     """A module and all that is in it as they were, and what was `found` out about them since.
 
-    It sees classes, attributes, submodules, tensors but for their values, and hooks, save those of the module itself. A
-    class that is patched it does not see.
+    It sees classes, attributes, submodules, hooks but those of the module itself, and tensors but for their values. It
+    does not see a class that is patched, nor what changes inside of an attribute, such as a list. A submodule that is
+    replaced it keeps until it is asked again.
     """
 
     def __init__(self, module: nn.Module):
@@ -37,15 +39,16 @@ class Snapshot:
     def _look(self, module: nn.Module) -> None:
         self._parts = list(module.modules())[1:]
         # Of the module neither a reference nor its __dict__, or nobody but the garbage collector would free it.
-        self._attributes = [part.__dict__ for part in self._parts]
-        attributes = [module.__dict__, *self._attributes]
-        self._getters = [itemgetter(*own.keys() - _IN_EVERY_MODULE - {_PLACE}) for own in attributes]
-        self._hooks = [own[kind] for own in self._attributes for kind in _HOOKS]
-        self._has_hooks = any(self._hooks)
+        own, attributes = module.__dict__, [part.__dict__ for part in self._parts]
+        self._own_values = itemgetter(*own.keys() - {_PLACE})
+        self._is_simple = _is_simple(own)
         # Views show what the dictionaries hold later on. What has no parts or tensors does nothing with any it may get.
-        self._children = [own["_modules"].values() for own in attributes if own["_modules"]]
-        self._tensors = [own[kind].values() for own in attributes for kind in _TENSORS if own[kind]]
-        self._values = self._current_values(module)
+        self._simple = [each.values() for each in attributes if _is_simple(each)]
+        self._others = [each.values() for each in attributes if not _is_simple(each)]
+        self._hooks = [each[kind] for each in attributes for kind in _HOOKS]
+        self._has_hooks = any(self._hooks)
+        self._children = [each["_modules"].values() for each in (own, *attributes) if each["_modules"]]
+        self._tensors = [each[kind].values() for each in (own, *attributes) for kind in _TENSORS if each[kind]]
         self._seen = self._state(module)
 
     def holds(self, module: nn.Module) -> bool:
@@ -53,36 +56,32 @@ class Snapshot:
         if self._module() is not module or self._seen is None or any(self._hooks) is not self._has_hooks:
             return False
         try:
-            values, state = self._current_values(module), self._state(module)
-        except Exception:  # as above, or an attribute is gone
+            return self._state(module) == self._seen
+        except Exception:  # as above; an attribute is gone, or cannot be compared with what it was
             return False
-        return state == self._seen and len(values) == len(self._values) and all(map(is_, values, self._values))
-
-    def _current_values(self, module: nn.Module) -> list:
-        """Of attributes. They are compared as objects: some cannot be compared otherwise, or only by the GPU."""
-        values = [self._getters[0](module.__dict__)]
-        values += [get(own) for get, own in zip(self._getters[1:], self._attributes, strict=True)]
-        return list(chain.from_iterable(values))
 
     def _state(self, module: nn.Module) -> tuple:
         own = module.__dict__
+        own_values = self._own_values(own)
         return (
             type(module),
-            len(own) - (_PLACE in own),
             list(map(type, self._parts)),
-            list(map(len, self._attributes)),
-            list(chain.from_iterable(self._children)),
+            len(own) - (_PLACE in own),
+            own_values if self._is_simple else list(map(id, own_values)),
+            list(map(list, self._simple)),
+            [list(map(id, values)) for values in self._others],
+            list(map(id, chain.from_iterable(self._children))),
             list(map(len, self._hooks)) if self._has_hooks else None,
-            # What is known of a tensor: itself it would be kept alive, and with a weak reference to it it could not be
-            # swapped for another. The address of its memory tells the device, too.
+            # Not the tensors, which would be kept alive, nor weak references, with which none could be swapped: what
+            # matters of them. The address tells the device, too.
             [
-                x is not None and (type(x), x.data_ptr(), x.dtype, x.numel(), x.requires_grad)
+                x is not None and (type(x), x.data_ptr(), x.dtype, x.numel(), x.requires_grad, x.is_neg())
                 for x in chain.from_iterable(self._tensors)
             ],
         )
 
     def __reduce__(self):
-        return type(None), ()  # copied or pickled, it is none: a copy of a module starts without
+        return type(None), ()  # in a copy or a pickle of the module None is in its place
 
 
 def snapshot_of(module: nn.Module) -> Snapshot:
@@ -97,3 +96,7 @@ def snapshot_of(module: nn.Module) -> Snapshot:
 def forget(module: nn.Module) -> None:
     """Remove the snapshot that `module` has, if it has one."""
     module.__dict__.pop(_PLACE, None)
+
+
+def _is_simple(attributes: dict) -> bool:
+    return all([name in _IN_EVERY_MODULE or type(value) in _SIMPLE for name, value in attributes.items()])

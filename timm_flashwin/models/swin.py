@@ -1,7 +1,8 @@
 """Swin Transformer V1 and S3: timm's block and attention with the attention path on the kernels.
 
-Both classes add methods and no state to timm's, so an instance changes from one to the other by its `__class__` alone
-(`accelerate`), and every parameter, buffer, hook and flag stays where it is.
+Both classes add methods and no state to timm's, but for what a block remembers of itself (`snapshot`), so an instance
+changes from one to the other by its `__class__` (`accelerate`), and every parameter, buffer, hook and flag stays where
+it is.
 """
 
 from collections.abc import Callable
