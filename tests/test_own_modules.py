@@ -120,8 +120,7 @@ def refuse_nothing(flash):
     flash.attn.__dict__.pop("impl", None)
 
 
-@pytest.mark.parametrize("used_before", [False, True])
-@pytest.mark.parametrize("size", [EVEN, PADDED])
+@pytest.mark.parametrize("size, used_before", [(EVEN, False), (EVEN, True), (PADDED, False)])
 @pytest.mark.parametrize(
     "family, name", [*itertools.product(FAMILIES, CHANGES), *itertools.product(["v1"], CHANGES_OF_V1)]
 )
