@@ -245,7 +245,7 @@ def _in_autocasts_dtype(inputs, num_activations: int):
     return *activations, *inputs[num_activations:]
 
 
-def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Contiguous; `x.new_empty(x.shape)` takes the host twice as long."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -264,7 +264,7 @@ def _where_needed(grads, needed) -> tuple[Tensor | None, ...]:
 
 
 def _empty_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
-    return tuple(_empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True))
+    return tuple(empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True))
 
 
 def _zeros_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
@@ -338,7 +338,7 @@ def _window_attention_autograd(ctx, do, _):
 def _window_attention_backward(
     do, qkv, bias, pad_qkv, logit_scale, out, stats, num_heads, window_size, shift_size, scale, *needed
 ):  # fmt: skip
-    dqkv = _empty_like(qkv)
+    dqkv = empty_like(qkv)
     inputs = (bias, pad_qkv, logit_scale)
     if not do.numel():
         return dqkv, *_zeros_where_needed(inputs, needed)
@@ -356,7 +356,7 @@ def _window_attention_backward(
 def _window_attention_backward_fake(
     do, qkv, bias, pad_qkv, logit_scale, out, stats, num_heads, window_size, shift_size, scale, *needed
 ):  # fmt: skip
-    dqkv = _empty_like(qkv)
+    dqkv = empty_like(qkv)
     return dqkv, *_empty_where_needed((bias, pad_qkv, logit_scale), needed)
 
 
@@ -545,7 +545,7 @@ def _continuous_position_table_backward(dtable, coordinates, weight1, bias1, wei
 
 def _continuous_position_table_backward_fake(dtable, coordinates, *weights_and_options):
     weights = weights_and_options[:4]
-    return tuple([None if x is None else _empty_like(x) for x in weights])
+    return tuple([None if x is None else empty_like(x) for x in weights])
 
 
 continuous_position_table = _implement(
@@ -576,7 +576,7 @@ def _add_layer_norm(x, y, y_scale, weight, bias, eps, dtype):
 
 
 def _add_layer_norm_fake(x, y, y_scale, weight, bias, eps, dtype):
-    return None if y is None else _empty_like(x, _promoted(x, y.dtype)), _empty_like(x, dtype)
+    return None if y is None else empty_like(x, _promoted(x, y.dtype)), empty_like(x, dtype)
 
 
 def _add_layer_norm_setup_context(ctx, inputs, output):
@@ -609,11 +609,11 @@ def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dt
 
 
 def _add_layer_norm_backward_fake(dsum, dout, total, y_scale, weight, bias, eps, y_dtype):
-    return *_empty_dx_dy(total, y_dtype), _empty_like(weight), _empty_like(bias)
+    return *_empty_dx_dy(total, y_dtype), empty_like(weight), empty_like(bias)
 
 
 def _empty_dx_dy(total, y_dtype):
-    return _empty_like(total), None if y_dtype is None else _empty_like(total, y_dtype)
+    return empty_like(total), None if y_dtype is None else empty_like(total, y_dtype)
 
 
 add_layer_norm = _implement(
@@ -641,7 +641,7 @@ def _layer_norm_add(x, y, y_scale, weight, bias, eps, dtype):
 
 
 def _layer_norm_add_fake(x, y, y_scale, weight, bias, eps, dtype):
-    return _empty_like(x, _promoted(x, dtype))
+    return empty_like(x, _promoted(x, dtype))
 
 
 def _layer_norm_add_setup_context(ctx, inputs, output):
@@ -656,7 +656,7 @@ def _layer_norm_add_autograd(ctx, dout):
 
 
 def _layer_norm_add_backward(dout, y, y_scale, weight, bias, eps):
-    dy = _empty_like(y)
+    dy = empty_like(y)
     if not y.numel():
         return dy, torch.zeros_like(weight), torch.zeros_like(bias)
     dout, y, y_scale, scale = (None if t is None else t.contiguous() for t in (dout, y, y_scale, weight))
@@ -666,7 +666,7 @@ def _layer_norm_add_backward(dout, y, y_scale, weight, bias, eps):
 
 
 def _layer_norm_add_backward_fake(dout, y, y_scale, weight, bias, eps):
-    return _empty_like(y), _empty_like(weight), _empty_like(bias)
+    return empty_like(y), empty_like(weight), empty_like(bias)
 
 
 layer_norm_add = _implement(
@@ -689,7 +689,7 @@ def _gelu_backward(dout, x):
 
 
 def _gelu_backward_fake(dout, x):
-    return _empty_like(x), _empty_like(x)
+    return empty_like(x), empty_like(x)
 
 
 gelu_backward = _implement("gelu_backward", _gelu_backward, _gelu_backward_fake, _no_second_derivative)

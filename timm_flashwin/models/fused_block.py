@@ -342,7 +342,7 @@ def _scaled_grad(dout: Tensor, scale: Tensor | None, dtype: torch.dtype, plain: 
         return dout.to(dtype)
     if not plain:
         return (dout * _per_sample(scale)).to(dtype)
-    return torch.mul(dout, _per_sample(scale), out=dout.new_empty(dout.shape, dtype=dtype))
+    return torch.mul(dout, _per_sample(scale), out=ops.empty_like(dout, dtype))
 
 
 def _input_grad(dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -384,6 +384,6 @@ def _cast_grads(grads: tuple[Tensor, ...], dtypes: tuple[torch.dtype, ...], plai
         return grads
     if not plain:
         return [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
-    copies = [grad.new_empty(grad.shape, dtype=dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+    copies = [ops.empty_like(grad, dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     torch._foreach_copy_(copies, grads)
     return copies
