@@ -172,6 +172,7 @@ VIEWS = (
     "aten::as_strided",
     "aten::detach",
     "aten::empty",
+    "aten::empty_like",
     "aten::flatten",
     "aten::matmul",
     "aten::narrow",
