@@ -62,6 +62,7 @@ def make_calls(device: torch.device) -> dict[str, Callable[[], object]]:
     launch.launch_forward(call, operands, out, None)
     built = launch._forward(call)
     (compiled,) = built._compiled.values()
+    stream = torch.cuda.current_stream(device).cuda_stream
     addresses = [tensor.data_ptr() + offset for tensor, offset in zip((*operands, out), built._bytes, strict=True)]
 
     def launch_forward():
@@ -74,7 +75,7 @@ def make_calls(device: torch.device) -> dict[str, Callable[[], object]]:
     result, do = attention(*leaves), torch.randn_like(x)
     dispatched = torch.ops.timm_flashwin.window_attention
     return {
-        "triton_launcher": lambda: compiled(*addresses, *built._numbers),
+        "triton_launcher": lambda: compiled(stream, *addresses, *built._numbers),
         "launch": lambda: built(*operands, out),
         "launch_forward": launch_forward,
         "operator": lambda: ops.window_attention(qkv, bias, None, None, *geometry, False),

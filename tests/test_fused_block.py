@@ -11,6 +11,8 @@ from timm.layers import DropPath
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from timm_flashwin import ops
+from timm_flashwin.kernels import launch
 from timm_flashwin.models import fused_block
 from timm_flashwin.models.snapshot import Snapshot
 
@@ -234,6 +236,25 @@ def test_a_block_under_checkpointing_has_the_same_gradients(family, use_reentran
     (checkpointed * weight).sum().backward()
     assert torch.equal(x.grad, plain["x"])
     assert all(torch.equal(parameter.grad, plain[name]) for name, parameter in flash.named_parameters())
+
+
+@each_family
+@pytest.mark.parametrize("size", [EVEN, PADDED])
+def test_where_windows_are_few_no_bias_is_made_and_the_output_is_the_same(family, size, monkeypatch):
+    _, flash = make_blocks(family, size)
+    x, made = make_input(size), []
+    make_bias = ops.relative_position_bias._kernel
+    monkeypatch.setattr(ops.relative_position_bias, "_kernel", lambda *inputs: made.append(1) or make_bias(*inputs))
+
+    def output(few):
+        monkeypatch.setattr(launch, "_FEW", few)
+        with torch.no_grad():
+            return copy.deepcopy(flash)(x)  # a copy remembers nothing
+
+    expected = output(0)
+    assert len(made) == 1
+    assert torch.equal(output(10**6), expected)
+    assert len(made) == 1
 
 
 def test_a_graph_that_is_retained_can_be_gone_through_again():

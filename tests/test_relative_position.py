@@ -5,7 +5,7 @@ import torch
 from conftest import GPU
 from timm.models.swin_transformer import get_relative_position_index
 
-from timm_flashwin import geometry
+from timm_flashwin import geometry, ops
 from timm_flashwin.functional import relative_position_bias
 
 # One and several heads, no power of two, more than a tile takes; square windows and not, one token wide or high.
@@ -70,6 +70,27 @@ def test_strided_tables_and_gradients(impl, kernel_device):
         (grad,) = torch.autograd.grad(bias.sum(), view)  # a gradient with strides of 0
         pairs = torch.bincount(geometry.relative_position_index(window_size).flatten())
         assert torch.equal(grad, pairs[:, None].expand(-1, 6).to(grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("window_size", [(4, 4), (8, 8), (3, 5), (9, 8), (6, 13)])
+def test_attention_takes_the_table_for_the_bias(window_size, shift, cosine, dtype, kernel_device, ieee, poisoned):
+    heads, head_dim = 2, 8
+    size = 2 * window_size[0] - 1, window_size[1]
+    qkv = torch.randn(1, *size, 3 * heads * head_dim, device=kernel_device, dtype=dtype)
+    # Not contiguous, and between what must not be read.
+    table = make_table(window_size, heads + 2, device=kernel_device).detach()
+    table[:, 0], table[:, -1] = float("nan"), float("nan")
+    table = table[:, 1:-1]
+    pad_qkv = torch.randn(3 * heads * head_dim, device=kernel_device, dtype=dtype)
+    logit_scale = torch.randn(heads, device=kernel_device) if cosine else None
+    others = pad_qkv, logit_scale, heads, window_size, (shift, shift), 0.3, False
+    bias = ops.relative_position_bias(table, window_size)
+    expected, _ = ops.window_attention(qkv, bias, *others)
+    for attention in (ops.window_attention, OP.window_attention):
+        assert torch.equal(attention(qkv, table, *others)[0], expected)
 
 
 @pytest.mark.parametrize("window_size", [(12, 12), (5, 20)])

@@ -321,6 +321,13 @@ def _window_attention_fake(
     return out, qkv.new_empty(B * rows * cols, num_heads, window_area, 2, dtype=_acc_dtype(qkv))
 
 
+def attention_reads_table(map_size: tuple[int, int, int], num_heads: int, window_size, device: torch.device) -> bool:
+    """Whether to give `window_attention` of a map [B, H, W, ...] the table of the bias, [(2 * Wh - 1) * (2 * Ww - 1),
+    num_heads], in place of the bias; it takes it where nothing needs a gradient."""
+    B, *size = map_size
+    return _kernels("launch").reads_table(B * math.prod(num_windows(size, window_size)), num_heads, device)
+
+
 def _window_attention_setup_context(ctx, inputs, output):
     *tensors, num_heads, window_size, shift_size, scale, save_stats = inputs
     ctx.geometry = num_heads, window_size, shift_size, scale

@@ -114,9 +114,9 @@ def backward_kernel(
         )
         padded = (in_window & (in_map == 0))[:, None]  # n 1
         bias_tile = load_bias_tile(
-            bias_ptr, head, position * num_heads,
+            bias_ptr, head, num_heads, position * num_heads,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
-            ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+            ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, False, IS_SHIFTED,
         )  # fmt: skip
         for image in range(first_image, num_images, step):
             at = tl.cast(image, tl.int64) * stride_b

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ..geometry import cdiv
 from .launcher import INTERPRETED, Launch, acc_type
+from .relative_position import table_rows
 from .scale import load_scale
 from .shift_mask import CUTS, MASK_VALUE, token_region
 
@@ -26,10 +27,10 @@ STRIP = 64  # rows: what four warps hold of an accumulator
 @triton.jit
 def bias_fragments_kernel(
     bias_ptr, logit_scale_ptr, fragments_ptr, N, num_heads, scale, cut_row, cut_col,
-    WINDOW_W: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, COSINE: tl.constexpr,
-    ACC: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_TABLE: tl.constexpr, COSINE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (cdiv(EXTENT * EXTENT, BLOCK) * num_heads * cuts,)."""
+    """Grid: (cdiv(EXTENT * EXTENT, BLOCK) * num_heads * cuts,). `IS_TABLE`: the bias is given by its table."""
     BLOCKS: tl.constexpr = tl.cdiv(EXTENT * EXTENT, BLOCK)  # of a head
     head, cut = tl.program_id(0) // BLOCKS % num_heads, tl.program_id(0) // BLOCKS // num_heads
     places = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +40,11 @@ def bias_fragments_kernel(
     tile = tl.zeros([BLOCK], dtype=ACC)
     if HAS_BIAS:
         in_window = (rows < N) & (cols < N)
-        tile += tl.load(bias_ptr + head.to(tl.int64) * N * N + rows * N + cols, mask=in_window, other=0.0).to(ACC)
+        if IS_TABLE:
+            addresses = bias_ptr + table_rows(rows, cols, WINDOW_H, WINDOW_W) * num_heads + head
+        else:
+            addresses = bias_ptr + head.to(tl.int64) * N * N + rows * N + cols
+        tile += tl.load(addresses, mask=in_window, other=0.0).to(ACC)
     row_region = token_region(rows, cut, cut_row, cut_col, WINDOW_W)
     tile = tl.where(row_region != token_region(cols, cut, cut_row, cut_col, WINDOW_W), tile + MASK_VALUE, tile)
     tile = tl.where(cols < N, tile, float("-inf")) / load_scale(scale, logit_scale_ptr, head, ACC, COSINE)
@@ -76,11 +81,12 @@ def bias_fragments_launch(
     cut: tuple[int, int] | None,
     scale: float,
     has_bias: bool,
+    is_table: bool,
     cosine: bool,
     acc_dtype: torch.dtype,
     extent: int,
 ) -> tuple[Launch, tuple[int, ...]]:
-    """(launch, shape of the fragments that it fills) for a bias [num_heads, N, N], or 0 in the place of one.
+    """(launch, shape of the fragments that it fills) for a bias [num_heads, N, N], its table, or 0 in the place of one.
 
     The launch takes the bias, the logit_scale, both contiguous, and the fragments, of `acc_dtype`. `extent` is a
     multiple of `STRIP` and at least N. `cut` is the row and the column before which the cyclic shift cuts a window
@@ -90,8 +96,8 @@ def bias_fragments_launch(
     cut_row, cut_col = cut or (0, 0)
     arguments = dict(
         N=window_size[0] * window_size[1], num_heads=num_heads, scale=scale, cut_row=cut_row, cut_col=cut_col,
-        WINDOW_W=window_size[1], EXTENT=extent, BLOCK=_BLOCK, HAS_BIAS=has_bias, COSINE=cosine,
-        ACC=acc_type(acc_dtype), num_warps=4,
+        WINDOW_H=window_size[0], WINDOW_W=window_size[1], EXTENT=extent, BLOCK=_BLOCK, HAS_BIAS=has_bias,
+        IS_TABLE=is_table, COSINE=cosine, ACC=acc_type(acc_dtype), num_warps=4,
     )  # fmt: skip
     launch = Launch(bias_fragments_kernel, (cdiv(extent * extent, _BLOCK) * num_heads * cuts, 1, 1), arguments)
     return launch, (cuts, num_heads, extent // STRIP, extent // 8, 4, 128)

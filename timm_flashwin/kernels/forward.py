@@ -36,8 +36,8 @@ def forward_kernel(
     roll_h, roll_w, cut_window_h, cut_window_w, cut_row, cut_col, groups,
     HEAD_DIM: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr, IS_SHIFTED: tl.constexpr,
-    COSINE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_TABLE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAD: tl.constexpr,
+    IS_SHIFTED: tl.constexpr, COSINE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Windows of one tile, BLOCK_M = BLOCK_N. Grid: (num_heads, programs in step); heads vary fastest, so that
@@ -61,9 +61,9 @@ def forward_kernel(
             position, tokens, stride_h, stride_w, H, W, windows_w, roll_h, roll_w, WINDOW_H, WINDOW_W, HAS_PAD, OFFSET
         )
         bias_tile = load_bias_tile(
-            bias_ptr, head, position * num_heads,
+            bias_ptr, head, num_heads, position * num_heads,
             window_cut(position, windows_w, cut_window_h, cut_window_w), cut_row, cut_col,
-            ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_SHIFTED,
+            ACC, WINDOW_H, WINDOW_W, BLOCK_M, BLOCK_N, HAS_BIAS, IS_TABLE, IS_SHIFTED,
         )  # fmt: skip
         for image in range(first_image, num_images, step):
             at = tl.cast(image, tl.int64) * stride_b

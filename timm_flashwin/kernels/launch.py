@@ -25,6 +25,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     bias: torch.dtype | None  # dtypes of what there is beside them
+    is_table: bool  # whether the bias is given by its table; the forward takes it
     mask: torch.dtype | None
     num_masks: int
     pad: torch.dtype | None  # None where nothing is padded
@@ -139,7 +140,7 @@ class Operands(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     pad: torch.Tensor  # [3 * num_heads * head_dim]
-    bias: torch.Tensor  # [num_heads, N, N]
+    bias: torch.Tensor  # [num_heads, N, N], or its table, [(2 * Wh - 1) * (2 * Ww - 1), num_heads]
     mask: torch.Tensor  # [nW, N, N]
     logit_scale: torch.Tensor  # [num_heads]
 
@@ -148,8 +149,9 @@ def call_on_map(qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_s
     """A call of `window_attention`."""
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     call = _map_call(
-        qkv.shape, qkv.stride(), qkv.dtype, qkv.device, dtype_of(bias), dtype_of(pad_qkv), dtype_of(logit_scale),
-        num_heads, tuple(window_size), tuple(shift_size), scale, dot_precision(qkv.dtype),
+        qkv.shape, qkv.stride(), qkv.dtype, qkv.device, dtype_of(bias), bias is not None and bias.dim() == 2,
+        dtype_of(pad_qkv), dtype_of(logit_scale), num_heads, tuple(window_size), tuple(shift_size), scale,
+        dot_precision(qkv.dtype),
     )  # fmt: skip
     pad = None
     if call.pad is not None:
@@ -159,14 +161,15 @@ def call_on_map(qkv, bias, pad_qkv, logit_scale, num_heads, window_size, shift_s
 
 @remembered
 def _map_call(
-    shape, strides, dtype, device, bias, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale, precision
+    shape, strides, dtype, device, bias, is_table, pad_qkv, logit_scale, num_heads, window_size, shift_size, scale,
+    precision,
 ) -> Call:  # fmt: skip
     B, H, W, three_c = shape
     C = three_c // 3
     head_dim = C // num_heads
     is_padded = H % window_size[0] or W % window_size[1]
     return Call(
-        (B, H, W, num_heads, head_dim), (*strides[:3], head_dim), (0, C, 2 * C), dtype, device, bias, None, 1,
+        (B, H, W, num_heads, head_dim), (*strides[:3], head_dim), (0, C, 2 * C), dtype, device, bias, is_table, None, 1,
         (pad_qkv or dtype) if is_padded else None, logit_scale, window_size, shift_size, scale, precision,
     )  # fmt: skip
 
@@ -188,7 +191,7 @@ def _windows_call(shape, strides, dtype, device, bias, mask, num_masks, logit_sc
     stride_b, stride_head, stride_token, _ = strides
     return Call(
         (B_, N, 1, num_heads, head_dim), (stride_b, stride_token, stride_token, stride_head), (0, 0, 0), dtype, device,
-        bias, mask, num_masks, None, logit_scale, (N, 1), (0, 0), scale, precision,
+        bias, False, mask, num_masks, None, logit_scale, (N, 1), (0, 0), scale, precision,
     )  # fmt: skip
 
 
@@ -209,6 +212,17 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 # ------------------------------------------------------------------------------------------------------- forward
 
+_FEW = 3  # windows and heads a multiprocessor: a forward has about as many programs
+
+
+def reads_table(windows: int, num_heads: int, device: torch.device) -> bool:
+    """Whether a forward of so many windows shall be given the table of the bias.
+
+    It saves the launch that makes the bias, for which the host is waited for where there are few windows. Where there
+    are many, programs would gather from the table time and again what of a bias they read in rows.
+    """
+    return windows * num_heads <= _FEW * multiprocessors_of(device)
+
 
 def launch_forward(call: Call, operands: Operands, out: torch.Tensor, stats: torch.Tensor | None) -> None:
     """Fill `out`, a contiguous map [B, H, W, num_heads * head_dim], and, if given, `stats` [B*nW, num_heads, N, 2]."""
@@ -222,6 +236,7 @@ def launch_forward(call: Call, operands: Operands, out: torch.Tensor, stats: tor
 @remembered
 def _forward(call: Call) -> Launch:
     programs, arguments = call.one_tile_arguments("forward")
+    arguments |= dict(IS_TABLE=call.is_table)
     return Launch(forward_kernel, (call.shape[3], programs, 1), arguments, call.qkv_offsets())
 
 
@@ -252,7 +267,7 @@ def _bias_fragments(call: Call, extent: int) -> tuple[Launch, tuple[int, ...]]:
     (_, cut_row), (_, cut_col) = call.cut
     return bias_fragments_launch(
         call.shape[3], call.window_size, (cut_row, cut_col) if call.is_shifted else None, call.scale,
-        call.bias is not None, call.cosine, call.acc_dtype, extent,
+        call.bias is not None, call.is_table, call.cosine, call.acc_dtype, extent,
     )  # fmt: skip
 
 

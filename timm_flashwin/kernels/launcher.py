@@ -1,6 +1,7 @@
 """Launching a kernel with next to nothing done twice: Triton's way to a launch takes longer than most kernels run."""
 
 import functools
+from collections.abc import Callable
 from operator import add, or_
 
 import torch
@@ -13,9 +14,37 @@ from .scale import load_scale
 INTERPRETED = not isinstance(load_scale, triton.runtime.JITFunction)
 
 _MAX_REMEMBERED = 4096  # launches of each kind: sizes that come up are remembered, with a bound for ever new ones
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # Older launchers take other arguments than the newer ones, and always go the long way.
-_REMEMBERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+_REMEMBERS = _TRITON >= (3, 3)
+_HAS_KNOWN_RUN = (3, 4) <= _TRITON <= (3, 8)  # the versions whose `CompiledKernel.run` was looked at
 _caches = []
+
+
+def runner(compiled, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """`compiled[grid]`, loaded: called with the stream and the arguments of the kernel, it launches.
+
+    Triton's own makes up what a profiler's hooks are told, and calls them, also where there are none, which takes as
+    long as the launch.
+    """
+    tritons = compiled[grid]
+    if not _HAS_KNOWN_RUN:
+        return lambda stream, *arguments: tritons(*arguments, stream=stream)
+    run, between = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+    knobs = triton.knobs.runtime
+
+    def launch(stream: int, *arguments) -> None:
+        if _calls(knobs.launch_enter_hook) or _calls(knobs.launch_exit_hook):
+            tritons(*arguments, stream=stream)
+        else:
+            run(*grid, stream, *between, *arguments)
+
+    return launch
+
+
+def _calls(hook) -> bool:
+    """Whether a hook of Triton's does anything: a chain, which may be empty, or a function or None in its place."""
+    return bool(getattr(hook, "calls", hook))
 
 
 class Launch:
@@ -45,8 +74,7 @@ class Launch:
         aligned = functools.reduce(or_, addresses) % 16 and tuple([address % 16 == 0 for address in addresses])
         compiled = self._compiled.get(aligned)
         if compiled is not None:
-            # Named, the stream need not be asked for by Triton, which takes longer to find it.
-            compiled(*addresses, *self._numbers, stream=torch._C._cuda_getCurrentRawStream(tensors[0].device.index))
+            compiled(torch._C._cuda_getCurrentRawStream(tensors[0].device.index), *addresses, *self._numbers)
             return
         shifted = [
             x.as_strided((1,), (1,), x.storage_offset() + offset) if offset else x
@@ -54,7 +82,7 @@ class Launch:
         ]
         compiled = self._kernel[self._grid](*shifted, **self._arguments)
         if _REMEMBERS and isinstance(compiled, triton.compiler.CompiledKernel):  # not so what the interpreter ran
-            self._compiled[aligned] = compiled[self._grid]
+            self._compiled[aligned] = runner(compiled, self._grid)
 
 
 def remembered(build):

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..geometry import cdiv
-from .launcher import remembered
+from .launcher import remembered, runner
 from .settings import multiprocessors_of
 
 MAX_IN_FEATURES = 512  # more would not fit in shared memory, a panel of rows being there as a whole
@@ -224,7 +224,7 @@ class LinearGelu:
     def __init__(
         self, compiled, described: list[TensorDescriptor], numbers: tuple[int, ...], grid: tuple[int, int, int]
     ):
-        self._run, self._described, self._numbers = compiled[grid], described, numbers
+        self._run, self._described, self._numbers = runner(compiled, grid), described, numbers
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """Fill `out` [rows, out_features] from `x` [rows, in_features]; all contiguous, at addresses that
@@ -232,7 +232,7 @@ class LinearGelu:
         x_desc, weight_desc, out_desc = map(_described, self._described, (x, weight, out))
         bias_address = (x if bias is None else bias).data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)
-        self._run(x_desc, weight_desc, bias_address, out_desc, *self._numbers, stream=stream)
+        self._run(stream, x_desc, weight_desc, bias_address, out_desc, *self._numbers)
 
 
 def _described(descriptor: TensorDescriptor, tensor: torch.Tensor) -> TensorDescriptor:

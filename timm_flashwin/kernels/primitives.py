@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .bias_fragments import load_bias_fragments
+from .relative_position import table_rows
 from .shift_mask import MASK_VALUE, token_region
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -178,12 +179,13 @@ def store_tile(ptr, tile, offsets, in_map, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def load_bias_tile(
-    bias_ptr, head, place, cut, cut_row, cut_col,
+    bias_ptr, head, num_heads, place, cut, cut_row, cut_col,
     ACC: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, IS_SHIFTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_TABLE: tl.constexpr, IS_SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """What is added to the logits of one head in a window of one tile: the bias, the mask between tokens that only the
-    roll made neighbours, and -inf for keys past the window's end: [m, n]. See `here` for the `place`.
+    roll made neighbours, and -inf for keys past the window's end: [m, n]. See `here` for the `place`. `IS_TABLE`: what
+    `bias_ptr` points to is the bias's table.
     """
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
     tokens = tl.arange(0, BLOCK_N)  # m, and n
@@ -191,7 +193,11 @@ def load_bias_tile(
         tokens = here(tokens, place, BLOCK_N)
     in_window = tokens < WINDOW_AREA
     tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC) + tl.where(in_window, 0.0, float("-inf"))[None, :]
-    if HAS_BIAS:
+    if IS_TABLE:
+        rows = table_rows(tokens[:, None], tokens[None, :], WINDOW_H, WINDOW_W)  # m n
+        inside = in_window[:, None] & in_window[None, :]  # m n
+        tile = tl.load(bias_ptr + rows * num_heads + head, mask=inside, other=tile).to(ACC)
+    elif HAS_BIAS:
         bias_ptr += here(head.to(tl.int64) * WINDOW_AREA * WINDOW_AREA, place, BLOCK_N)
         # 64 bits, in which the compiler sees that a thread's addresses are one and a constant.
         offsets = tokens.to(tl.int64)[:, None] * WINDOW_AREA + tokens[None, :]  # m n

@@ -16,6 +16,14 @@ _MAX_BLOCK_HEADS = 32
 
 
 @triton.jit
+def table_rows(i, j, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+    """geometry.relative_position_index of the queries `i` and the keys `j` of a window, which broadcast."""
+    dy = i // WINDOW_W - j // WINDOW_W
+    dx = i % WINDOW_W - j % WINDOW_W
+    return (dy + WINDOW_H - 1) * (2 * WINDOW_W - 1) + dx + WINDOW_W - 1
+
+
+@triton.jit
 def relative_position_bias_kernel(
     table_ptr, bias_ptr, num_heads,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -28,10 +36,7 @@ def relative_position_bias_kernel(
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
     pairs = tl.program_id(0) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # p, i * N + j
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)  # h
-    i, j = pairs // WINDOW_AREA, pairs % WINDOW_AREA
-    dy = i // WINDOW_W - j // WINDOW_W
-    dx = i % WINDOW_W - j % WINDOW_W
-    rows = (dy + WINDOW_H - 1) * (2 * WINDOW_W - 1) + dx + WINDOW_W - 1  # p
+    rows = table_rows(pairs // WINDOW_AREA, pairs % WINDOW_AREA, WINDOW_H, WINDOW_W)  # p
     inside = (pairs < WINDOW_AREA * WINDOW_AREA)[:, None] & (heads < num_heads)[None, :]  # p h
     tile = tl.load(table_ptr + rows[:, None] * num_heads + heads[None, :], mask=inside)  # p h
     # 64 bits: the bias of many heads can be longer than 2**31.

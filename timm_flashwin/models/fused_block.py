@@ -57,7 +57,7 @@ class _Plan(NamedTuple):
     pre_norm: bool  # a norm is in front of each branch (V1), or behind it (V2)
     geometry: list  # what `ops.window_attention` takes after its tensors: num_heads, window_size, shift_size, scale
     save_stats: bool  # and that
-    is_table: bool  # whether there is a table of the position bias
+    makes_bias: bool  # whether the position bias is made from its table; else the attention takes what there is
     pads: bool  # whether the map is padded to whole windows
     eps: tuple[float, float]  # of both norms
     dtype: torch.dtype  # of the products
@@ -169,8 +169,9 @@ def _plan(
     )  # fmt: skip
     weight = block.mlp.fc1.weight
     linear_gelu = not (trains or block.mlp.training) and has_linear_gelu(x.device, dtype, weight)
+    makes_bias = is_table and (trains or not ops.attention_reads_table(x.shape[:3], *geometry[:2], x.device))
     return _Plan(
-        pre_norm, geometry, save_stats, is_table, pads, (block.norm1.eps, block.norm2.eps), dtype, reading.casts,
+        pre_norm, geometry, save_stats, makes_bias, pads, (block.norm1.eps, block.norm2.eps), dtype, reading.casts,
         norm_dtype=dtype if pre_norm else handed_on(x, into_linear=False),
         linear_gelu=linear_gelu and linear_gelu_pays(x, weight.shape[0]),
     )  # fmt: skip
@@ -221,7 +222,7 @@ def _forward(plan: _Plan, block: _Tensors, keep: Callable[[Tensor | None], objec
     y = F.linear(y, block.qkv_weight, block.qkv_bias)
     keep(y)
     bias, pad_qkv = block.position, block.qkv_bias if plan.pads else None
-    if plan.is_table:
+    if plan.makes_bias:
         bias = ops.relative_position_bias.direct(bias, plan.geometry[1])
     keep(bias)
     y, stats = ops.window_attention.direct(y, bias, pad_qkv, block.logit_scale, *plan.geometry, plan.save_stats)
@@ -319,7 +320,7 @@ def _backward(
         attended if plan.save_stats else None, stats, *plan.geometry,
         needs.position, needs_dpad_qkv, needs.logit_scale,
     )  # fmt: skip
-    if plan.is_table and needs.position:
+    if plan.makes_bias and needs.position:
         dposition = call(ops.relative_position_bias_backward, dposition, plan.geometry[1])
     dqkv_weight, dqkv_bias = _parameter_grads(dqkv, into_qkv, bias_dtypes[0])
     if needs_dpad_qkv:
