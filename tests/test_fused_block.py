@@ -9,6 +9,7 @@ from judge import relative_error
 from test_own_modules import EVEN, FAMILIES, PADDED, C, make_blocks
 from timm.layers import DropPath
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from timm_flashwin import ops
@@ -209,10 +210,36 @@ def test_under_a_mode_the_dropout_of_the_position_bias_draws_once(family, ieee):
     outs = []
     for block in make_blocks(family):
         torch.manual_seed(2)
-        with torch.device(KERNEL_DEVICE):
+        with BaseTorchFunctionMode(), torch.device(KERNEL_DEVICE):
             outs.append((block.train()(make_input()), torch.rand(1)))
     assert relative_error(outs[1][0], outs[0][0]) < 1e-4
     assert torch.equal(outs[1][1], outs[0][1])
+
+
+class NamesFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.add(torch.overrides.resolve_name(func))
+        return func(*args, **(kwargs or {}))
+
+
+@each_family
+def test_a_default_device_is_no_reason_to_call_the_modules_and_another_mode_is(family):
+    _, flash = make_blocks(family)
+    x = make_input()
+    plain = gradients(flash, x)
+    with torch.device("meta"):
+        out, grads = gradients(flash, x)
+        assert type(out.grad_fn) is fused_block._FusedBlock._backward_cls
+        with NamesFunctions() as mode:
+            called = flash(x)
+    assert torch.equal(out, plain[0])
+    assert all(torch.equal(grad, plain[1][name]) for name, grad in grads.items())
+    assert type(called.grad_fn) is not type(out.grad_fn)
+    assert "torch.nn.functional.linear" in mode.names or "torch._C._nn.linear" in mode.names
 
 
 @each_family

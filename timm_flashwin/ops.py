@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._device import DeviceContext
 
 from .geometry import num_windows
 
@@ -220,11 +221,18 @@ def is_intercepted(tensors: list[Tensor]) -> bool:
     """Whether somebody has to see the operators a step is made of: as `_is_watched`, but for a profiler."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _has_function_mode()
         or torch._C._get_tracing_state() is not None
         or transforms_are_on()
         or not all([is_plain(x) for x in tensors])
     )
+
+
+def _has_function_mode() -> bool:
+    """Whether a mode sees the functions of PyTorch that are called: any but a default device, which changes nothing
+    where there are tensors."""
+    modes = torch._C._len_torch_function_stack()
+    return modes > 0 and not all([type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(modes)])
 
 
 def is_plain(x: Tensor) -> bool:
@@ -269,6 +277,10 @@ def _empty_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
 
 def _zeros_where_needed(inputs, needed) -> tuple[Tensor | None, ...]:
     return tuple(x.new_zeros(x.shape) if need else None for x, need in zip(inputs, needed, strict=True))
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 _NO_GUARD = contextlib.nullcontext()
@@ -513,10 +525,9 @@ relative_position_bias_backward = _implement(
 def _continuous_position_table(coordinates, weight1, bias1, weight2, bias2, window_size, bounded, dtype):
     inputs = (coordinates, weight1, bias1, weight2, bias2)
     table = _continuous_position_table_fake(*inputs, window_size, bounded, dtype)
-    contiguous = [None if t is None else t.contiguous() for t in inputs]
     with _device_guard(weight1):
         _kernels("continuous_position").launch_continuous_position_table(
-            *contiguous, table, tuple(window_size), bounded
+            *_contiguous(*inputs), table, tuple(window_size), bounded
         )
     return table
 
@@ -576,9 +587,9 @@ continuous_position_table_backward = _implement(
 def _add_layer_norm(x, y, y_scale, weight, bias, eps, dtype):
     total, out = _add_layer_norm_fake(x, y, y_scale, weight, bias, eps, dtype)
     if out.numel():
-        contiguous = (None if t is None else t.contiguous() for t in (x, y, y_scale, weight, bias))
+        tensors = _contiguous(x, y, y_scale, weight, bias)
         with _device_guard(x):
-            _kernels("layer_norm").launch_add_layer_norm(*contiguous, total, out, eps)
+            _kernels("layer_norm").launch_add_layer_norm(*tensors, total, out, eps)
     return total, out
 
 
@@ -607,9 +618,7 @@ def _add_layer_norm_backward(dsum, dout, total, y_scale, weight, bias, eps, y_dt
     dx, dy = _empty_dx_dy(total, y_dtype)
     if not total.numel():
         return dx, dy, torch.zeros_like(weight), torch.zeros_like(bias)
-    dsum, dout, total, y_scale, scale = (
-        None if t is None else t.contiguous() for t in (dsum, dout, total, y_scale, weight)
-    )
+    dsum, dout, total, y_scale, scale = _contiguous(dsum, dout, total, y_scale, weight)
     with _device_guard(total):
         sums = _kernels("layer_norm").launch_layer_norm_backward(dsum, dout, total, y_scale, scale, dx, dy, eps)
     return dx, dy, *(each.to(like.dtype) for each, like in zip(sums, (weight, bias), strict=True))
@@ -641,9 +650,9 @@ add_layer_norm_backward = _implement(
 def _layer_norm_add(x, y, y_scale, weight, bias, eps, dtype):
     out = _layer_norm_add_fake(x, y, y_scale, weight, bias, eps, dtype)
     if out.numel():
-        contiguous = (None if t is None else t.contiguous() for t in (x, y, y_scale, weight, bias))
+        tensors = _contiguous(x, y, y_scale, weight, bias)
         with _device_guard(x):
-            _kernels("layer_norm").launch_layer_norm_add(*contiguous, out, eps, dtype)
+            _kernels("layer_norm").launch_layer_norm_add(*tensors, out, eps, dtype)
     return out
 
 
@@ -666,7 +675,7 @@ def _layer_norm_add_backward(dout, y, y_scale, weight, bias, eps):
     dy = empty_like(y)
     if not y.numel():
         return dy, torch.zeros_like(weight), torch.zeros_like(bias)
-    dout, y, y_scale, scale = (None if t is None else t.contiguous() for t in (dout, y, y_scale, weight))
+    dout, y, y_scale, scale = _contiguous(dout, y, y_scale, weight)
     with _device_guard(y):
         sums = _kernels("layer_norm").launch_layer_norm_backward(None, dout, y, y_scale, scale, dy, None, eps)
     return dy, *(each.to(like.dtype) for each, like in zip(sums, (weight, bias), strict=True))
@@ -726,7 +735,7 @@ def _linear_gelu(x, weight, bias):
         return F.gelu(F.linear(x, weight, bias))
     out = _linear_gelu_fake(x, weight, bias)
     alignment = _kernels("linear_gelu").ALIGNMENT
-    operands = [None if t is None else t.contiguous() for t in (x, weight, bias)]
+    operands = _contiguous(x, weight, bias)
     with _device_guard(x):
         kernel(*[t.clone() if t is not None and t.data_ptr() % alignment else t for t in operands], out)
     return out

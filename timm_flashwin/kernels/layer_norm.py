@@ -7,6 +7,8 @@ over the row in registers; the backward takes them once more, from what was norm
 Shapes stand at the end of the line: m is rows (tokens) of a tile, c channels.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -146,31 +148,31 @@ _TRITON_DTYPES = {
 def launch_add_layer_norm(x, y, y_scale, weight, bias, total, out, eps: float) -> None:
     """Fill `total` (x + y * y_scale, where there is a `y`) and `out`, its layer norm; all contiguous, [B, ..., C]."""
     dtypes = dtypes_of(x, y, y_scale, weight, bias, out)
-    launch = _add_layer_norm(_sizes(x), eps, dtypes, x.device)
+    launch = _add_layer_norm(x.shape, eps, dtypes, x.device)
     launch(x, x if y is None else y, x if y_scale is None else y_scale, weight, bias, x if y is None else total, out)
 
 
 @remembered
-def _add_layer_norm(sizes: tuple[int, int, int], eps: float, dtypes: tuple, device) -> Launch:
+def _add_layer_norm(shape: torch.Size, eps: float, dtypes: tuple, device) -> Launch:
     x, y, y_scale, *_ = dtypes
-    arguments, block_m = _arguments(sizes, eps, x)
+    arguments, tiles = _arguments(shape, eps, x)
     arguments |= dict(HAS_Y=y is not None, HAS_Y_SCALE=y_scale is not None)
-    return Launch(add_layer_norm_kernel, (cdiv(sizes[0], block_m), 1, 1), arguments)
+    return Launch(add_layer_norm_kernel, (tiles, 1, 1), arguments)
 
 
 def launch_layer_norm_add(x, y, y_scale, weight, bias, out, eps: float, normed_dtype: torch.dtype) -> None:
     """Fill `out` with x + layer_norm(y) * y_scale, the norm rounded to `normed_dtype`; all contiguous, [B, ..., C]."""
     dtypes = dtypes_of(x, y, y_scale, weight, bias, out)
-    launch = _layer_norm_add(_sizes(x), eps, dtypes, normed_dtype, x.device)
+    launch = _layer_norm_add(x.shape, eps, dtypes, normed_dtype, x.device)
     launch(x, y, x if y_scale is None else y_scale, weight, bias, out)
 
 
 @remembered
-def _layer_norm_add(sizes: tuple[int, int, int], eps: float, dtypes: tuple, normed_dtype, device) -> Launch:
+def _layer_norm_add(shape: torch.Size, eps: float, dtypes: tuple, normed_dtype, device) -> Launch:
     _, y, y_scale, *_ = dtypes
-    arguments, block_m = _arguments(sizes, eps, y)
+    arguments, tiles = _arguments(shape, eps, y)
     arguments |= dict(HAS_Y_SCALE=y_scale is not None, NORMED=_TRITON_DTYPES[normed_dtype])
-    return Launch(layer_norm_add_kernel, (cdiv(sizes[0], block_m), 1, 1), arguments)
+    return Launch(layer_norm_add_kernel, (tiles, 1, 1), arguments)
 
 
 def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps: float):
@@ -179,7 +181,7 @@ def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps
     `total` is what was normalised; `dtotal` its gradient from elsewhere, or None.
     """
     dtypes = dtypes_of(total, dtotal, dout, y_scale, weight, dx, dy)
-    launch, programs = _layer_norm_backward(_sizes(total), eps, dtypes, total.device)
+    launch, programs = _layer_norm_backward(total.shape, eps, dtypes, total.device)
     acc_dtype = torch.promote_types(total.dtype, torch.float32)
     partial_sums = total.new_empty(2, programs, total.shape[-1], dtype=acc_dtype)
     launch(
@@ -190,29 +192,23 @@ def launch_layer_norm_backward(dtotal, dout, total, y_scale, weight, dx, dy, eps
 
 
 @remembered
-def _layer_norm_backward(sizes: tuple[int, int, int], eps: float, dtypes: tuple, device) -> tuple[Launch, int]:
+def _layer_norm_backward(shape: torch.Size, eps: float, dtypes: tuple, device) -> tuple[Launch, int]:
     """(launch, how many programs write partial sums)."""
     total, dtotal, _, y_scale, _, _, dy = dtypes
-    arguments, block_m = _arguments(sizes, eps, total)
+    arguments, tiles = _arguments(shape, eps, total)
     arguments |= dict(HAS_DSUM=dtotal is not None, HAS_Y=dy is not None, HAS_Y_SCALE=y_scale is not None)
-    programs = min(cdiv(sizes[0], block_m), _PROGRAMS_PER_SM * multiprocessors_of(device))
+    programs = min(tiles, _PROGRAMS_PER_SM * multiprocessors_of(device))
     return Launch(layer_norm_backward_kernel, (programs, 1, 1), arguments), programs
 
 
-def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
-    """(rows, rows of a sample, C) of [B, ..., C]."""
-    C = x.shape[-1]
-    rows = x.numel() // C
-    return rows, rows // x.shape[0], C
-
-
-def _arguments(sizes: tuple[int, int, int], eps: float, dtype: torch.dtype) -> tuple[dict, int]:
-    """(arguments that the three kernels have, rows of a tile); `dtype` is what is normalised."""
-    rows, rows_per_sample, C = sizes
+def _arguments(shape: torch.Size, eps: float, dtype: torch.dtype) -> tuple[dict, int]:
+    """(arguments that the three kernels have, tiles of rows) for a map [B, ..., C]; `dtype` is what is normalised."""
+    C = shape[-1]
+    rows = math.prod(shape[:-1])
     block_c = triton.next_power_of_2(C)
     block_m = max(1, _TILE // block_c)
     arguments = dict(
-        rows=rows, rows_per_sample=rows_per_sample, eps=eps, C=C, BLOCK_M=block_m, BLOCK_C=block_c,
+        rows=rows, rows_per_sample=rows // shape[0], eps=eps, C=C, BLOCK_M=block_m, BLOCK_C=block_c,
         ACC=acc_type(dtype), num_warps=4 if block_c <= 2 * _TILE else 8,
     )  # fmt: skip
-    return arguments, block_m
+    return arguments, cdiv(rows, block_m)
