@@ -367,9 +367,11 @@ def _per_sample(scale: Tensor) -> Tensor:
 
 def _cast_linears(plan: _Plan, block: _Tensors) -> _Tensors:
     """The block with weights and biases as autocast would hand them to the Linears, cast in one launch."""
+    if not plan.casts:
+        return block
     linears = block[_LINEARS]
     others = [t for t in linears if t is not None and t.dtype != plan.dtype]
-    if not (plan.casts and others):
+    if not others:
         return block
     flat = others[0].new_empty(sum([t.numel() for t in others]), dtype=plan.dtype)
     copies = _unflatten_dense_tensors(flat, others)
