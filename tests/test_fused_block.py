@@ -266,8 +266,8 @@ def test_a_block_under_checkpointing_has_the_same_gradients(family, use_reentran
 
 
 @each_family
-@pytest.mark.parametrize("size", [EVEN, PADDED])
-def test_where_windows_are_few_no_bias_is_made_and_the_output_is_the_same(family, size, monkeypatch):
+@pytest.mark.parametrize("size, autocast", [(EVEN, False), (PADDED, True)])
+def test_where_windows_are_few_no_bias_is_made_and_the_output_is_the_same(family, size, autocast, monkeypatch):
     _, flash = make_blocks(family, size)
     x, made = make_input(size), []
     make_bias = ops.relative_position_bias._kernel
@@ -275,7 +275,7 @@ def test_where_windows_are_few_no_bias_is_made_and_the_output_is_the_same(family
 
     def output(few):
         monkeypatch.setattr(launch, "_FEW", few)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(KERNEL_DEVICE, HALF, enabled=autocast):
             return copy.deepcopy(flash)(x)  # a copy remembers nothing
 
     expected = output(0)

@@ -27,19 +27,35 @@ class Loaded(triton.compiler.CompiledKernel):
         pass
 
 
-@pytest.fixture
-def hook():
-    """What is noted by a hook that is added: `hook.add()`."""
+class Notes:
+    """A hook with an attribute that Triton's chains of hooks have as well."""
 
-    class Hook:
-        chain, noted = triton.knobs.runtime.launch_enter_hook, []
+    def __init__(self):
+        self.calls = []
 
-        def add(self):
-            self.chain.add(self.noted.append)
+    def __call__(self, data):
+        self.calls.append(data)
 
-    yield Hook()
-    if Hook.noted.append in Hook.chain.calls:
-        Hook.chain.remove(Hook.noted.append)
+
+@pytest.fixture(params=["chain", "function"])
+def add_hook(request, monkeypatch):
+    """Set a hook, alone or in a chain that was empty; the hook is returned."""
+    chain_type = getattr(triton.knobs, "HookChain", None)
+    if request.param == "chain" and chain_type is None:
+        pytest.skip("this Triton has no chains of hooks")
+    hooks = triton.knobs.runtime
+    if request.param == "chain":
+        monkeypatch.setattr(hooks, "launch_enter_hook", chain_type())
+
+    def add() -> Notes:
+        notes = Notes()
+        if request.param == "chain":
+            hooks.launch_enter_hook.add(notes)
+        else:
+            monkeypatch.setattr(hooks, "launch_enter_hook", notes)
+        return notes
+
+    return add
 
 
 def test_a_launch_has_what_tritons_own_has_but_for_the_hooks():
@@ -56,23 +72,24 @@ def test_a_launch_has_what_tritons_own_has_but_for_the_hooks():
 
 
 @has_known_run
-def test_hooks_that_come_later_are_handed_over(hook):
+def test_hooks_that_come_later_are_handed_over(add_hook):
     compiled = Loaded()
     launch = launcher.runner(compiled, GRID)
-    hook.add()
+    add_hook()
     launch(STREAM, *ARGUMENTS)
     (*_, metadata, enter, _), rest = compiled.calls[0][:9], compiled.calls[0][9:]
-    assert metadata is not None and enter is hook.chain and rest == ARGUMENTS
+    assert metadata is not None and enter is triton.knobs.runtime.launch_enter_hook and rest == ARGUMENTS
 
 
 @pytest.mark.gpu
-def test_a_hook_sees_every_launch(hook):
+@has_known_run
+def test_a_hook_sees_every_launch(add_hook):
     x, weight = torch.randn(4, 8, device="cuda"), torch.ones(8, device="cuda")
 
     def normed():
         return ops.add_layer_norm(x, None, None, weight, weight, 1e-5, x.dtype)[1]
 
     expected = [normed() for _ in range(2)][1]
-    hook.add()
+    notes = add_hook()
     assert torch.equal(normed(), expected)
-    assert [data.get()["name"] for data in hook.noted] == ["add_layer_norm_kernel"]
+    assert [data.get()["name"] for data in notes.calls] == ["add_layer_norm_kernel"]

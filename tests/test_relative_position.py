@@ -72,16 +72,21 @@ def test_strided_tables_and_gradients(impl, kernel_device):
         assert torch.equal(grad, pairs[:, None].expand(-1, 6).to(grad))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, table_dtype",
+    [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)],
+)
 @pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("window_size", [(4, 4), (8, 8), (3, 5), (9, 8), (6, 13)])
-def test_attention_takes_the_table_for_the_bias(window_size, shift, cosine, dtype, kernel_device, ieee, poisoned):
+def test_attention_takes_the_table_for_the_bias(
+    window_size, shift, cosine, dtype, table_dtype, kernel_device, ieee, poisoned
+):
     heads, head_dim = 2, 8
     size = 2 * window_size[0] - 1, window_size[1]
     qkv = torch.randn(1, *size, 3 * heads * head_dim, device=kernel_device, dtype=dtype)
     # Not contiguous, and between what must not be read.
-    table = make_table(window_size, heads + 2, device=kernel_device).detach()
+    table = make_table(window_size, heads + 2, table_dtype, kernel_device).detach()
     table[:, 0], table[:, -1] = float("nan"), float("nan")
     table = table[:, 1:-1]
     pad_qkv = torch.randn(3 * heads * head_dim, device=kernel_device, dtype=dtype)
@@ -91,6 +96,15 @@ def test_attention_takes_the_table_for_the_bias(window_size, shift, cosine, dtyp
     expected, _ = ops.window_attention(qkv, bias, *others)
     for attention in (ops.window_attention, OP.window_attention):
         assert torch.equal(attention(qkv, table, *others)[0], expected)
+
+
+@pytest.mark.parametrize("trained", ["qkv", "table"])
+def test_attention_by_the_table_has_no_gradient_and_says_so(trained, kernel_device):
+    inputs = dict(qkv=torch.randn(1, 4, 4, 48, device=kernel_device), table=torch.randn(49, 2, device=kernel_device))
+    inputs[trained].requires_grad_()
+    for attention in (ops.window_attention, OP.window_attention):
+        with pytest.raises(ValueError, match="no gradient where it is given the table"):
+            attention(*inputs.values(), None, None, 2, (4, 4), (0, 0), 0.3, False)
 
 
 @pytest.mark.parametrize("window_size", [(12, 12), (5, 20)])

@@ -342,6 +342,11 @@ def attention_reads_table(map_size: tuple[int, int, int], num_heads: int, window
 
 def _window_attention_setup_context(ctx, inputs, output):
     *tensors, num_heads, window_size, shift_size, scale, save_stats = inputs
+    if tensors[1] is not None and tensors[1].dim() == 2:
+        raise ValueError(
+            "timm_flashwin::window_attention has no gradient where it is given the table of the bias; "
+            "give it relative_position_bias(table, window_size)"
+        )
     ctx.geometry = num_heads, window_size, shift_size, scale
     _save(ctx, tensors, output, save_stats)
 

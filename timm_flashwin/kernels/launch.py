@@ -219,7 +219,8 @@ def reads_table(windows: int, num_heads: int, device: torch.device) -> bool:
     """Whether a forward of so many windows shall be given the table of the bias.
 
     It saves the launch that makes the bias, for which the host is waited for where there are few windows. Where there
-    are many, programs would gather from the table time and again what of a bias they read in rows.
+    are many, programs for windows of one tile would gather from the table time and again what of a bias they read in
+    rows.
     """
     return windows * num_heads <= _FEW * multiprocessors_of(device)
 

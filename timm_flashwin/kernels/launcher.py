@@ -18,6 +18,7 @@ _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # Older launchers take other arguments than the newer ones, and always go the long way.
 _REMEMBERS = _TRITON >= (3, 3)
 _HAS_KNOWN_RUN = (3, 4) <= _TRITON <= (3, 8)  # the versions whose `CompiledKernel.run` was looked at
+_HOOK_CHAIN = getattr(getattr(triton, "knobs", None), "HookChain", None)
 _caches = []
 
 
@@ -31,10 +32,10 @@ def runner(compiled, grid: tuple[int, int, int]) -> Callable[..., None]:
     if not _HAS_KNOWN_RUN:
         return lambda stream, *arguments: tritons(*arguments, stream=stream)
     run, between = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
-    knobs = triton.knobs.runtime
 
     def launch(stream: int, *arguments) -> None:
-        if _calls(knobs.launch_enter_hook) or _calls(knobs.launch_exit_hook):
+        hooks = triton.knobs.runtime
+        if _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook):
             tritons(*arguments, stream=stream)
         else:
             run(*grid, stream, *between, *arguments)
@@ -42,9 +43,9 @@ def runner(compiled, grid: tuple[int, int, int]) -> Callable[..., None]:
     return launch
 
 
-def _calls(hook) -> bool:
+def _is_set(hook) -> bool:
     """Whether a hook of Triton's does anything: a chain, which may be empty, or a function or None in its place."""
-    return bool(getattr(hook, "calls", hook))
+    return bool(hook.calls) if type(hook) is _HOOK_CHAIN else hook is not None
 
 
 class Launch:
