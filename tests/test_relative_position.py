@@ -72,13 +72,9 @@ def test_strided_tables_and_gradients(impl, kernel_device):
         assert torch.equal(grad, pairs[:, None].expand(-1, 6).to(grad))
 
 
-@pytest.mark.parametrize(
-    "dtype, table_dtype",
-    [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)],
-)
-@pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
-@pytest.mark.parametrize("shift", [0, 2])
-@pytest.mark.parametrize("window_size", [(4, 4), (8, 8), (3, 5), (9, 8), (6, 13)])
+@pytest.mark.parametrize("dtype, table_dtype", [(torch.float32, torch.float32), (torch.float16, torch.float16)])
+@pytest.mark.parametrize("shift, cosine", [(0, False), (2, True)])
+@pytest.mark.parametrize("window_size", [(4, 4), (3, 5), (9, 8)])
 def test_attention_takes_the_table_for_the_bias(
     window_size, shift, cosine, dtype, table_dtype, kernel_device, ieee, poisoned
 ):
