@@ -43,9 +43,8 @@ def gradients(block, x, autocast=False, dout=None):
 
 
 @each_family
-@pytest.mark.parametrize("size", [EVEN, PADDED])
+@pytest.mark.parametrize("size, drop_path", [(EVEN, 0.0), (PADDED, 0.5)])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_output_and_gradients_are_as_exact_as_with_modules_called(
     family, size, autocast, drop_path, monkeypatch, ieee, poisoned
 ):

@@ -42,7 +42,7 @@ def test_the_busiest_program_has_few_windows_and_none_is_idle(num_positions, num
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
-@pytest.mark.parametrize("window, size", [(4, (13, 16)), ((9, 8), (14, 16))], ids=["one tile", "several tiles"])
+@pytest.mark.parametrize("window, size", [(4, (11, 8)), ((9, 8), (14, 8))], ids=["one tile", "several tiles"])
 def test_results_do_not_depend_on_how_many_programs_share_the_windows(
     window, size, cosine, kernel_device, monkeypatch, request
 ):  # fmt: skip
