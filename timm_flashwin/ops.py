@@ -557,11 +557,11 @@ def _continuous_position_table_backward(dtable, coordinates, weight1, bias1, wei
     table = dtable
     if bounded:  # once more, and not rounded: near its bounds the gradient follows from the last digits
         table = _continuous_position_table(*inputs, window_size, bounded, _acc_dtype(weight1))
-    contiguous = [t.contiguous() for t in (dtable, coordinates, weight1, bias1, weight2)]
+    tensors = _contiguous(dtable, coordinates, weight1, bias1, weight2)
     grads = _continuous_position_table_backward_fake(dtable, *inputs, window_size, bounded)
     with _device_guard(weight1):
         _kernels("continuous_position").launch_continuous_position_table_backward(
-            *contiguous, table, grads, tuple(window_size), bounded
+            *tensors, table, grads, tuple(window_size), bounded
         )
     return grads
 

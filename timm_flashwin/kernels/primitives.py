@@ -189,7 +189,7 @@ def load_bias_tile(
     """
     WINDOW_AREA: tl.constexpr = WINDOW_H * WINDOW_W
     tokens = tl.arange(0, BLOCK_N)  # m, and n
-    if IS_SHIFTED or IS_TABLE:  # regions and places in a table take registers, of which they must not ahead of time
+    if IS_SHIFTED or IS_TABLE:  # these take so many registers that addresses must not take some ahead of time
         tokens = here(tokens, place, BLOCK_N)
     in_window = tokens < WINDOW_AREA
     tile = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC) + tl.where(in_window, 0.0, float("-inf"))[None, :]
